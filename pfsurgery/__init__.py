@@ -1,0 +1,3 @@
+"""Make trained vision models faster with parameter-free layers."""
+
+__version__ = "0.1.0"

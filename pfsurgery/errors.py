@@ -1,0 +1,68 @@
+"""What can go wrong, as exceptions for people: what was asked, what was found, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SurgeryError(Exception):
+    """Base of all errors that pfsurgery raises on purpose."""
+
+
+class UnknownNameError(SurgeryError):
+    """An op, policy or model of that name does not exist."""
+
+
+class NoSitesError(SurgeryError):
+    """The model has no spatial convolution."""
+
+
+class PatternError(SurgeryError):
+    """A pattern is malformed or matches no site."""
+
+
+class PolicyError(SurgeryError):
+    """A policy, rule or plan is malformed."""
+
+
+class UnsupportedSiteError(SurgeryError):
+    """An op cannot take the place of the convolution at a site."""
+
+
+class WrappedModelError(SurgeryError):
+    """The model is wrapped by DDP, FSDP or `torch.compile`; surgery works on the inner model."""
+
+
+class ShapeError(SurgeryError):
+    """An input does not fit the model, or a converted model's outputs differ in shape."""
+
+
+class RecordMismatchError(SurgeryError):
+    """A saved directory, record or plan does not fit the model."""
+
+
+class DataError(SurgeryError):
+    """A data set is missing, empty, unreadable or does not fit the model."""
+
+
+class TrainingError(SurgeryError):
+    """Training cannot go on, for instance because the loss is not finite."""
+
+
+class NoEffectWarning(UserWarning):
+    """A conversion changed nothing."""
+
+
+class CountWarning(UserWarning):
+    """An operation could not be counted."""
+
+
+def closest(name: str, known: Iterable[str], most: int = 5) -> str:
+    """Names in `known` that look like `name`, as the tail of an error message."""
+    names = sorted(known)
+    found = difflib.get_close_matches(name, names, n=most, cutoff=0.4)
+    if found:
+        return f"Closest: {', '.join(found)}."
+    shown = ", ".join(names[:most])
+    return f"There are {len(names)}: {shown}{', ...' if len(names) > most else '.'}"
