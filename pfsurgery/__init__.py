@@ -1,3 +1,53 @@
-"""Make trained vision models faster with parameter-free layers."""
+"""Make trained vision models faster: swap spatial convolutions for parameter-free operations."""
+
+from pfsurgery.base import Base, set_base
+from pfsurgery.checkpoint import load, save
+from pfsurgery.convert import convert, convert_, plan
+from pfsurgery.errors import SurgeryError
+from pfsurgery.measure import Comparison, Measurement, compare, measure
+from pfsurgery.ops import Op, Support, list_ops, register_op
+from pfsurgery.plan import Decision, Plan
+from pfsurgery.policy import Policy, Rule, get_policy, list_policies, register_policy
+from pfsurgery.record import Record, record
+from pfsurgery.recover import FinetuneConfig, evaluate, finetune, recalibrate
+from pfsurgery.scan import scan
+from pfsurgery.sites import Geometry, Neighbours, Site, register_convolution
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Base",
+    "Comparison",
+    "Decision",
+    "FinetuneConfig",
+    "Geometry",
+    "Measurement",
+    "Neighbours",
+    "Op",
+    "Plan",
+    "Policy",
+    "Record",
+    "Rule",
+    "Site",
+    "Support",
+    "SurgeryError",
+    "compare",
+    "convert",
+    "convert_",
+    "evaluate",
+    "finetune",
+    "get_policy",
+    "list_ops",
+    "list_policies",
+    "load",
+    "measure",
+    "plan",
+    "recalibrate",
+    "record",
+    "register_convolution",
+    "register_op",
+    "register_policy",
+    "save",
+    "scan",
+    "set_base",
+]

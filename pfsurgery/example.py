@@ -12,6 +12,7 @@ from pfsurgery.errors import ShapeError
 Example = Tensor | tuple[Any, ...]
 
 _DEFAULT_SIZE = (3, 224, 224)
+_MOST_IMAGE_CHANNELS = 16
 
 
 def example_inputs(model: nn.Module, example: Example | None = None) -> tuple[Any, ...]:
@@ -41,11 +42,14 @@ def example_inputs(model: nn.Module, example: Example | None = None) -> tuple[An
 
 
 def default_input_size(model: nn.Module) -> tuple[int, int, int]:
-    """(C, H, W) that `model` was made for; channels follow its first convolution."""
+    """(C, H, W) that `model` was made for; channels follow its first convolution if it has few.
+
+    A first convolution with many input channels stands behind a transform of the image.
+    """
     config = getattr(model, "pretrained_cfg", None)
     size = config.get("input_size") if isinstance(config, dict) else None
     channels, height, width = size or _DEFAULT_SIZE
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    if first is not None:
+    if first is not None and first.in_channels < _MOST_IMAGE_CHANNELS:
         channels = first.in_channels
     return int(channels), int(height), int(width)

@@ -1,0 +1,113 @@
+"""Where an unconverted model comes from, so that a saved conversion can be rebuilt from it."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+
+from pfsurgery.errors import RecordMismatchError, UnknownNameError, closest
+
+_ATTRIBUTE = "_pfsurgery_base"
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A library's model by name.
+
+    Attributes:
+        library: `"timm"` or `"torchvision"`.
+        name: The model's name there.
+        kwargs: Keyword arguments of its factory, JSON-ready.
+    """
+
+    library: Literal["timm", "torchvision"]
+    name: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def build(self) -> nn.Module:
+        """The model with fresh weights.
+
+        Raises:
+            UnknownNameError: The library has no model of that name.
+            RecordMismatchError: The library is unknown, or refuses the arguments.
+        """
+        if self.library == "timm":
+            return _build_timm(self)
+        if self.library == "torchvision":
+            return _build_torchvision(self)
+        raise RecordMismatchError(f"No library {self.library!r}; pass base= with the model itself.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The base as JSON-ready values."""
+        return {"library": self.library, "name": self.name, "kwargs": self.kwargs}
+
+
+def _build_timm(base: Base) -> nn.Module:
+    import timm
+
+    if not timm.is_model(base.name):
+        raise UnknownNameError(
+            f"timm {timm.__version__} has no model {base.name!r}. "
+            f"{closest(base.name, timm.list_models())}"
+        )
+    try:
+        model: nn.Module = timm.create_model(base.name, pretrained=False, **base.kwargs)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise RecordMismatchError(
+            f"timm cannot build {base.name} with {base.kwargs}: {error}"
+        ) from None
+    return model
+
+
+def _build_torchvision(base: Base) -> nn.Module:
+    import torchvision
+
+    known = torchvision.models.list_models()
+    if base.name not in known:
+        raise UnknownNameError(
+            f"torchvision has no model {base.name!r}. {closest(base.name, known)}"
+        )
+    try:
+        model: nn.Module = torchvision.models.get_model(base.name, weights=None, **base.kwargs)
+    except (TypeError, ValueError) as error:
+        raise RecordMismatchError(
+            f"torchvision cannot build {base.name} with {base.kwargs}: {error}"
+        ) from None
+    return model
+
+
+def set_base(model: nn.Module, base: Base) -> None:
+    """Note on `model` where it comes from; deep copies and conversions keep the note."""
+    model.__dict__[_ATTRIBUTE] = base
+
+
+def base_of(model: nn.Module) -> Base | None:
+    """Where `model` comes from, as noted by `set_base` or as timm's configuration states it."""
+    noted = model.__dict__.get(_ATTRIBUTE)
+    if isinstance(noted, Base):
+        return noted
+    config = getattr(model, "pretrained_cfg", None)
+    name = config.get("architecture") if isinstance(config, dict) else None
+    if not name:
+        return None
+    return Base("timm", name, _timm_kwargs(model))
+
+
+def _timm_kwargs(model: nn.Module) -> dict[str, Any]:
+    kwargs: dict[str, Any] = {}
+    if isinstance(getattr(model, "num_classes", None), int):
+        kwargs["num_classes"] = model.num_classes
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is not None and first.in_channels != 3:
+        kwargs["in_chans"] = first.in_channels
+    pool = getattr(model, "global_pool", None)
+    if "img_size" in inspect.signature(type(model).__init__).parameters:
+        size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+        if size is not None:
+            kwargs["img_size"] = list(size)
+    if isinstance(pool, str):
+        kwargs["global_pool"] = pool
+    return kwargs

@@ -1,0 +1,141 @@
+"""Batches of images from whatever a caller holds: a path, a loader, a data set, tensors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from pfsurgery.data import open_data, open_part
+from pfsurgery.errors import DataError
+from pfsurgery.images import CheckedImages
+
+Images = DataLoader[Any] | Dataset[Any] | Iterable[Any]
+
+_log = logging.getLogger(__name__)
+
+
+def open_images(
+    source: Images | str | Path,
+    model: nn.Module | Mapping[str, Any],
+    *,
+    training: bool,
+    batch_size: int = 64,
+) -> Iterable[Any]:
+    """Batches that can be iterated again and again, from whatever a caller may hold.
+
+    Args:
+        source: A path or name as for `open_data`; a `Dataset` of (image, label), which is put in
+            batches; a `DataLoader` or any other iterable of batches, which is returned as it is.
+        model: As for `open_data`.
+        training: Whether the training part is wanted (shuffled) or the validation part. A path
+            without a validation part gives all of its images for validation.
+        batch_size: Images in a batch, for paths, names and data sets.
+
+    Raises:
+        DataError: As for `open_data`; or `source` can be iterated only once, or not at all.
+    """
+    if isinstance(source, (str, Path)):
+        if training:
+            return open_data(source, model, batch_size=batch_size).train
+        return open_part(source, model, training_part=False, batch_size=batch_size)
+    if isinstance(source, Dataset) and not isinstance(source, (DataLoader, IterableDataset)):
+        number = len(source)  # type: ignore[arg-type]
+        if not number:
+            raise DataError("The data set is empty; give one that holds images.")
+        size = min(batch_size, number)
+        return DataLoader(source, batch_size=size, shuffle=training, drop_last=training)
+    if not isinstance(source, Iterable):
+        raise DataError(
+            f"Images must be a path, a DataLoader, a Dataset or an iterable of batches, not "
+            f"{type(source).__name__}."
+        )
+    if isinstance(source, Iterator):
+        raise DataError(
+            f"A {type(source).__name__} can be iterated only once; give a list of batches or a "
+            f"DataLoader."
+        )
+    return source
+
+
+def unlabelled_images(
+    source: Images | Tensor | str | Path,
+    model: nn.Module | Mapping[str, Any],
+    *,
+    batch_size: int = 64,
+) -> Iterator[Tensor]:
+    """Image tensors of shape (N, C, H, W) from whatever a caller may hold, once through, in order.
+
+    Args:
+        source: As for `open_images`, or a tensor of images, or any iterable (one that can be
+            iterated only once too) of tensors or of (images, labels). A path may hold images
+            without class folders; its training part is taken if it has one, without augmentation.
+        model: As for `open_data`; only used for paths and names.
+        batch_size: Images in a batch, for tensors, paths, names and data sets.
+
+    Raises:
+        DataError: `source` cannot be opened, or a batch is no image tensor.
+    """
+    batches: Iterable[Any]
+    if isinstance(source, Tensor):
+        batches = torch.split(source, batch_size)
+    elif isinstance(source, (str, Path)):
+        batches = open_part(
+            source, model, training_part=True, labelled=False, batch_size=batch_size
+        )
+    elif isinstance(source, Iterator):
+        batches = source
+    else:
+        batches = open_images(source, model, training=False, batch_size=batch_size)
+    for batch in read(batches):
+        yield split_batch(batch)[0]
+    report_skipped(batches)
+
+
+def read(loader: Iterable[Any]) -> Iterator[Any]:
+    """The batches of `loader`, with errors of its worker processes freed of their tracebacks.
+
+    Raises:
+        DataError: As raised by the data set.
+    """
+    try:
+        yield from loader
+    except DataError as error:
+        raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
+
+
+def split_batch(batch: object) -> tuple[Tensor, Tensor | None]:
+    """Images (N, C, H, W) and labels (N,) of a batch; None for the labels where it has none.
+
+    Raises:
+        DataError: The batch holds no tensor of four dimensions in first place.
+    """
+    parts = list(batch) if isinstance(batch, Sequence) else [batch]
+    if parts and isinstance(parts[0], Tensor) and parts[0].dim() == 4:
+        labels = parts[1] if len(parts) > 1 else None
+        return parts[0], None if labels is None else torch.as_tensor(labels)
+    found = type(batch).__name__
+    if isinstance(batch, Tensor):
+        found = f"a tensor of shape {tuple(batch.shape)}"
+    raise DataError(
+        f"A batch must be images of shape (N, C, H, W) or a pair (images, labels), not {found}."
+    )
+
+
+def skipped_images(loader: Iterable[Any]) -> tuple[str, ...]:
+    """Names of the images that the loader could not read so far (made by `open_data`)."""
+    dataset = getattr(loader, "dataset", None)
+    return dataset.skipped_names() if isinstance(dataset, CheckedImages) else ()
+
+
+def report_skipped(loader: Iterable[Any]) -> None:
+    """Log a warning with the number of images that the loader could not read, if any."""
+    names = skipped_images(loader)
+    if names:
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        _log.warning("%d images could not be read and were skipped: %s", len(names), shown)

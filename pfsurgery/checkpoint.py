@@ -1,0 +1,225 @@
+"""Save and load converted models: a directory of JSON and safetensors, never a pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pfsurgery.base import Base, base_of, set_base
+from pfsurgery.errors import PolicyError, RecordMismatchError, SurgeryError, closest
+from pfsurgery.modularise import modularise
+from pfsurgery.record import Record, record, remember
+from pfsurgery.rewrite import apply_plan
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+_FORMAT = 1
+
+
+def save(model: nn.Module, directory: str | Path, *, base: Base | None = None) -> Path:
+    """Write a converted model to `directory`: `config.json` and `model.safetensors`.
+
+    Args:
+        model: A model that `convert` made.
+        directory: Where to; made if it is missing, its two files overwritten.
+        base: Where the unconverted model comes from. By default what timm's configuration on the
+            model says; without either, `load` will ask for the unconverted model.
+
+    Raises:
+        RecordMismatchError: The model was not made by `convert`.
+        SurgeryError: The directory cannot be written.
+    """
+    from safetensors.torch import save as to_bytes
+
+    done = record(model)
+    state = _unshared(model.state_dict())
+    weights = to_bytes(state, metadata={"format": "pt"})
+    base = base or base_of(model)
+    content: dict[str, Any] = {
+        "format": _FORMAT,
+        "base": base.to_dict() if base else None,
+        "record": done.to_dict(),
+        "versions": _versions(),
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+    }
+    content["sha256"] = _digest(content)
+    config: dict[str, Any] = {"pfsurgery": content}
+    if base is not None and base.library == "timm":
+        config = {
+            "architecture": base.name,
+            "num_classes": base.kwargs.get("num_classes"),
+            **config,
+        }
+    directory = Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(directory / WEIGHTS, weights)
+        write_atomically(directory / CONFIG, json.dumps(config, indent=2).encode())
+    except OSError as error:
+        raise SurgeryError(f"{directory} cannot be written: {error.strerror}.") from None
+    return directory
+
+
+def load(
+    directory: str | Path,
+    *,
+    base: nn.Module | Callable[[], nn.Module] | None = None,
+    device: str | torch.device = "cpu",
+) -> nn.Module:
+    """The model that `save` wrote, in eval mode. Runs no code from the files.
+
+    Args:
+        directory: What `save` wrote.
+        base: The unconverted model, or a function that makes it, for a model that neither timm nor
+            torchvision can make by name. A given model is converted itself and its weights are
+            overwritten.
+        device: Where to put it.
+
+    Raises:
+        RecordMismatchError: A file is missing, truncated or changed, or a tensor does not fit; the
+            message names the file or the key.
+        UnknownNameError: The base model's library has no such model.
+    """
+    directory = Path(directory)
+    content = _read_config(directory)
+    state = _read_weights(directory, content)
+    model = _base_model(content, base, directory)
+    try:
+        done = Record.from_dict(content["record"])
+    except (PolicyError, KeyError, TypeError) as error:
+        raise RecordMismatchError(f"{directory / CONFIG}: {error}") from None
+    modularise(model, inplace=True)
+    for plan in done.plans:
+        apply_plan(model, plan.replaced)
+        remember(model, plan)
+    _load_state(model, state, directory / WEIGHTS)
+    return model.eval().to(device)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a crash leaves either the old one or the new one."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that own their memory: safetensors refuses shared ones."""
+    seen: set[int] = set()
+    unshared = {}
+    for key, tensor in state.items():
+        tensor = tensor.detach().cpu().contiguous()
+        shared = tensor.untyped_storage().data_ptr() in seen and tensor.numel() > 0
+        seen.add(tensor.untyped_storage().data_ptr())
+        unshared[key] = tensor.clone() if shared else tensor
+    return unshared
+
+
+def _versions() -> dict[str, str]:
+    import pfsurgery
+
+    return {"pfsurgery": pfsurgery.__version__, "torch": str(torch.__version__)}
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    kept = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))["pfsurgery"]
+        form, digest = content["format"], content["sha256"]
+    except OSError as error:
+        raise RecordMismatchError(
+            f"{path} cannot be read: {error.strerror}. Is {directory} a folder that "
+            f"pfsurgery.save wrote?"
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise RecordMismatchError(
+            f"{path} is truncated, or was not written by pfsurgery.save."
+        ) from None
+    if form != _FORMAT:
+        raise RecordMismatchError(f"{path} has format {form!r}; this version reads {_FORMAT}.")
+    if digest != _digest(content):
+        raise RecordMismatchError(f"{path} was changed after it was saved.")
+    return dict(content)
+
+
+def _read_weights(directory: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load as from_bytes
+
+    path = directory / WEIGHTS
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RecordMismatchError(f"{path} cannot be read: {error.strerror}.") from None
+    if hashlib.sha256(data).hexdigest() != content.get("weights_sha256"):
+        raise RecordMismatchError(f"{path} is truncated, or was changed after it was saved.")
+    try:
+        return from_bytes(data)
+    except (SafetensorError, ValueError) as error:
+        raise RecordMismatchError(f"{path} is not a safetensors file: {error}.") from None
+
+
+def _base_model(
+    content: Mapping[str, Any],
+    base: nn.Module | Callable[[], nn.Module] | None,
+    directory: Path,
+) -> nn.Module:
+    if isinstance(base, nn.Module):
+        return base
+    if base is not None:
+        return base()
+    if content["base"] is None:
+        raise RecordMismatchError(
+            f"{directory} does not say which model it was converted from: pass it, as in "
+            f"pfsurgery.load({str(directory)!r}, base=make_my_model)."
+        )
+    try:
+        known = Base(**content["base"])
+        model = known.build()
+    except TypeError as error:
+        raise RecordMismatchError(f"{directory / CONFIG}: base: {error}.") from None
+    set_base(model, known)
+    return model
+
+
+def _load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    expected = model.state_dict()
+    for key in expected.keys() - state.keys():
+        raise RecordMismatchError(
+            f"{path} has no tensor {key!r}, which the model needs. {closest(key, state)} "
+            f"If the model was built with other arguments, pass it as base=."
+        )
+    for key, tensor in state.items():
+        if key not in expected:
+            raise RecordMismatchError(
+                f"{path} has a tensor {key!r}, which the model lacks. {closest(key, expected)} "
+                f"If the model was built with other arguments, pass it as base=."
+            )
+        if tensor.shape != expected[key].shape:
+            raise RecordMismatchError(
+                f"{key!r} has shape {tuple(tensor.shape)} in {path}, but the model needs "
+                f"{tuple(expected[key].shape)}. If the model was built with other arguments, "
+                f"pass it as base=."
+            )
+    model.load_state_dict(dict(state), assign=False)

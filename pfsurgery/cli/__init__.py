@@ -1,0 +1,63 @@
+"""The command line: one file a command, no logic of its own."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from pfsurgery.cli import (
+    compare,
+    convert,
+    demo,
+    evaluate,
+    finetune,
+    listing,
+    plan,
+    scan,
+)
+from pfsurgery.errors import CountWarning, NoEffectWarning, SurgeryError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Make trained vision models faster with parameter-free layers.",
+)
+for command in (
+    demo.demo,
+    finetune.finetune,
+    scan.scan,
+    plan.plan,
+    convert.convert,
+    compare.compare,
+    listing.ops,
+    listing.policies,
+):
+    app.command()(command)
+app.command("eval")(evaluate.evaluate)
+
+
+def main() -> None:
+    """Run the command line; an error that a user can mend ends in one message and exit code 2."""
+    warnings.showwarning = _show_warning
+    try:
+        app()
+    except SurgeryError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {_escaped(str(error))}")
+        sys.exit(2)
+
+
+def _show_warning(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
+    if issubclass(category, NoEffectWarning | CountWarning):
+        Console(stderr=True, soft_wrap=True).print(f"[yellow]Note:[/] {_escaped(str(message))}")
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

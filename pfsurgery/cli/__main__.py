@@ -1,0 +1,5 @@
+"""`python -m pfsurgery.cli`."""
+
+from pfsurgery.cli import main
+
+main()

@@ -1,0 +1,137 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from torch import nn
+
+from pfsurgery.convert import plan as make_plan
+from pfsurgery.errors import PolicyError, ShapeError
+from pfsurgery.models import open_model
+from pfsurgery.plan import Plan
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="timm name, torchvision/NAME, or a directory that pfsurgery saved.",
+    ),
+]
+Policy = Annotated[
+    str,
+    typer.Option("--policy", "-p", help="Name of a policy, a .yaml policy, or a .json plan."),
+]
+Pretrained = Annotated[
+    bool, typer.Option("--pretrained/--no-pretrained", help="Trained weights from the hub.")
+]
+Checkpoint = Annotated[
+    Path | None, typer.Option(help="File with weights (.safetensors or .pth) in place of the hub.")
+]
+NumClasses = Annotated[int | None, typer.Option(help="Number of outputs of the model.", min=1)]
+ModelKwarg = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model-kwarg", help="key=value for the model's factory; JSON values. Repeatable."
+    ),
+]
+Include = Annotated[
+    list[str] | None, typer.Option(help="Only sites that match (glob or re:...). Repeatable.")
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option(help="Keep sites that match (glob or re:...). Repeatable.")
+]
+Mixing = Annotated[
+    str, typer.Option(help="never: keep sites that would need a pointwise convolution.")
+]
+Size = Annotated[
+    int | None, typer.Option(help="Height and width of the example image, in pixels.", min=1)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Data = Annotated[
+    str,
+    typer.Option(
+        help="Image folder or tar with train and val parts, torch/NAME, hfds/NAME, wds/FOLDER, "
+        "or digits."
+    ),
+]
+
+
+def opened(
+    model: str,
+    pretrained: bool,
+    checkpoint: Path | None,
+    num_classes: int | None,
+    model_kwarg: list[str] | None,
+) -> nn.Module:
+    """The model that the options describe."""
+    return open_model(
+        model,
+        pretrained=pretrained,
+        checkpoint=checkpoint,
+        num_classes=num_classes,
+        kwargs=dict(_pair(text) for text in model_kwarg or []),
+    )
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise typer.BadParameter(f"--model-kwarg must be key=value, not {text!r}.")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def planned(
+    model: nn.Module,
+    policy: str,
+    *,
+    size: int | None = None,
+    include: list[str] | None = None,
+    exclude: list[str] | None = None,
+    mixing: str = "auto",
+) -> Plan:
+    """The plan in a JSON file, or what a policy makes of the model."""
+    if policy.endswith(".json"):
+        try:
+            return Plan.from_json(Path(policy).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise PolicyError(f"The plan {policy} cannot be read: {error}.") from None
+    return make_plan(
+        model,
+        policy,
+        example=example_of(model, size),
+        include=include or None,
+        exclude=exclude or None,
+        mixing=mixing,  # type: ignore[arg-type]
+    )
+
+
+def example_of(model: nn.Module, size: int | None, batch: int = 1) -> Any:
+    """An example of `batch` images of `size` x `size` pixels, of the model's own size if None."""
+    import torch
+
+    from pfsurgery.example import default_input_size
+
+    channels, height, width = default_input_size(model)
+    if size is not None:
+        height = width = size
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise ShapeError(f"{type(model).__name__} has no parameters.")
+    return torch.zeros(batch, channels, height, width, dtype=parameter.dtype)
+
+
+def emit(table: Any, as_json: bool, values: Any) -> None:
+    """Print a table for people, or JSON for scripts."""
+    if as_json:
+        typer.echo(json.dumps(values, indent=2))
+    else:
+        Console().print(table)

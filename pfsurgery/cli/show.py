@@ -1,0 +1,38 @@
+"""What the main job prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from pfsurgery.job import MODEL_FOLDER, Report
+
+
+def line(text: str) -> None:
+    """One step of the job."""
+    Console().print(f"[dim]...[/] {text}")
+
+
+def silent(text: str) -> None:
+    """Nothing, where the output is for a script."""
+
+
+def report(result: Report, out: Path, as_json: bool) -> None:
+    """Comparison, accuracies, and how to load the model."""
+    if as_json:
+        typer.echo(json.dumps(result.to_dict(), indent=2))
+        return
+    console = Console()
+    console.print(result.comparison)
+    console.print(result)
+    console.print(
+        f"\nModel, report and figure are in [bold]{out}[/]. To use the model:\n\n"
+        f"    import pfsurgery\n"
+        f"    model = pfsurgery.load({str(out / MODEL_FOLDER)!r})\n"
+        f"    logits = model(images)\n",
+        soft_wrap=True,
+        highlight=False,
+    )

@@ -1,0 +1,153 @@
+"""Convert a model: scan, policy, plan, rewrite, check."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import TypeVar
+
+from torch import nn
+
+from pfsurgery.errors import NoEffectWarning, PolicyError, ShapeError
+from pfsurgery.example import Example, example_inputs
+from pfsurgery.graph import view
+from pfsurgery.modularise import modularise
+from pfsurgery.plan import Mixing, Plan, make_plan
+from pfsurgery.policy import PolicyLike, get_policy
+from pfsurgery.record import remember
+from pfsurgery.rewrite import apply_plan
+from pfsurgery.scan import refuse_wrapped, scan
+from pfsurgery.select import Patterns, Where
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def plan(
+    model: nn.Module,
+    policy: PolicyLike,
+    *,
+    example: Example | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    where: Where | None = None,
+    mixing: Mixing = "auto",
+) -> Plan:
+    """Say what `policy` would make of each site of `model`; nothing is changed.
+
+    Args:
+        model: The model.
+        policy: Name of a policy (`list_policies()`), a `Policy`, a path to a YAML file, or a
+            function from a `Site` to the name of an op or None.
+        example: A tensor (N, C, H, W) or a tuple of arguments; by default one image of the model's
+            own input size.
+        include: Name patterns; only sites that match may change. An exact name also frees a stem
+            or an output convolution, which are kept otherwise.
+        exclude: Name patterns; sites that match are kept.
+        where: A function of the site; only sites for which it returns True may change.
+        mixing: `"never"` keeps the sites that would need a pointwise convolution behind the op.
+
+    Raises:
+        SurgeryError: The model is wrapped, has no sites or cannot run on the example; or the
+            policy, an op or a pattern does not exist. The message says what to do.
+    """
+    chosen = get_policy(policy)
+    return make_plan(
+        scan(model, example),
+        chosen,
+        include=include,
+        exclude=exclude,
+        where=where,
+        mixing=mixing,
+    )
+
+
+def convert(
+    model: Model,
+    policy: PolicyLike | Plan,
+    *,
+    example: Example | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    where: Where | None = None,
+    mixing: Mixing = "auto",
+) -> Model:
+    """A converted copy of `model`, of the same class; the original is left as it is.
+
+    Arguments and errors are those of `plan`; `policy` may also be a `Plan`, which is then carried
+    out as it stands. Where nothing changes, a NoEffectWarning says so.
+    """
+    chosen = _as_plan(model, policy, example, include, exclude, where, mixing)
+    _check(model, chosen, example)
+    return _apply(copy.deepcopy(model), chosen)
+
+
+def convert_(
+    model: Model,
+    policy: PolicyLike | Plan,
+    *,
+    example: Example | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    where: Where | None = None,
+    mixing: Mixing = "auto",
+) -> Model:
+    """Convert `model` itself and return it; see `convert`. If it fails, the model is unchanged."""
+    chosen = _as_plan(model, policy, example, include, exclude, where, mixing)
+    _check(model, chosen, example)
+    return _apply(model, chosen)
+
+
+def _as_plan(
+    model: nn.Module,
+    policy: PolicyLike | Plan,
+    example: Example | None,
+    include: Patterns,
+    exclude: Patterns,
+    where: Where | None,
+    mixing: Mixing,
+) -> Plan:
+    if not isinstance(policy, Plan):
+        return plan(
+            model,
+            policy,
+            example=example,
+            include=include,
+            exclude=exclude,
+            where=where,
+            mixing=mixing,
+        )
+    if include is not None or exclude is not None or where is not None or mixing != "auto":
+        raise PolicyError(
+            "A plan is carried out as it stands: edit it with plan.keep(...) and plan.set(...) "
+            "in place of include, exclude, where and mixing."
+        )
+    refuse_wrapped(model)
+    return policy
+
+
+def _check(model: nn.Module, chosen: Plan, example: Example | None) -> None:
+    """Carry the plan out on a shadow of the model and compare what it returns."""
+    if not chosen.replaced:
+        warnings.warn(
+            f"Policy {chosen.policy} changes nothing in {type(model).__name__}; "
+            f"pfsurgery.plan(model, policy) says why for each site.",
+            NoEffectWarning,
+            stacklevel=3,
+        )
+        return
+    inputs = example_inputs(model, example)
+    model = modularise(model)
+    before = view(model, inputs).output
+    after = view(model, inputs, lambda shadow: apply_plan(shadow, chosen.replaced)).output
+    if before != after:
+        raise ShapeError(
+            f"The conversion would change what {type(model).__name__} returns: {before} would "
+            f"become {after}. Keep some sites; the model was not changed."
+        )
+
+
+def _apply(model: Model, chosen: Plan) -> Model:
+    modularise(model, inplace=True)
+    apply_plan(model, chosen.replaced)
+    remember(model, chosen)
+    return model

@@ -1,0 +1,319 @@
+"""Images: the embedded default, and whatever timm's readers can open."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from pfsurgery.errors import DataError
+from pfsurgery.images import CheckedImages, open_named, open_reader
+
+_NAMED = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
+_TRAIN_NAMES = ("train", "training")
+_VAL_NAMES = ("val", "valid", "validation", "eval", "test")
+_HELD_OUT_EVERY = 10
+_LIGHT_AUGMENTATION = {"scale": (0.35, 1.0), "hflip": 0.5, "color_jitter": 0.0}
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSet:
+    """A small labelled set of images, held in memory.
+
+    Attributes:
+        train: Pairs of an image (C, H, W), float32 and normalised, and its class index.
+        val: The same, of the held-out images.
+        classes: Name of each class.
+        input_size: (C, H, W) of every image, in pixels.
+        mean: What was subtracted from each channel, where pixels range from 0 to 1.
+        std: What each channel was then divided by.
+    """
+
+    train: TensorDataset
+    val: TensorDataset
+    classes: tuple[str, ...]
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedData:
+    """Loaders of (images, labels): (N, C, H, W) float32, normalised, and (N,) class indices.
+
+    Attributes:
+        train: Shuffled and lightly augmented (random crop of 35 to 100 % of the area, horizontal
+            flip); an incomplete last batch is dropped.
+        val: In order, resized and cropped as the model expects.
+        classes: Name of each class; empty where the source does not tell.
+        input_size: (C, H, W) of every image, in pixels.
+    """
+
+    train: DataLoader[Any]
+    val: DataLoader[Any]
+    classes: tuple[str, ...]
+    input_size: tuple[int, int, int]
+
+
+def digits() -> ImageSet:
+    """scikit-learn's 1,797 handwritten digits, enlarged from 8x8 to 32x32 pixels and made RGB.
+
+    The split is always the same: every fourth image of each class is held out (445 of 1,797).
+    Nothing is downloaded.
+
+    Raises:
+        DataError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DataError(
+            'The digits need scikit-learn, which is not installed: pip install "pfsurgery[demo]"'
+        ) from error
+    pixels, target = load_digits(return_X_y=True)
+    labels = torch.as_tensor(target, dtype=torch.int64)
+    small = torch.as_tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+    large = nn.functional.interpolate(small, size=(32, 32), mode="bilinear", align_corners=False)
+    train, val = _split(labels.tolist(), every=4)
+    mean, std = float(large[train].mean()), float(large[train].std())
+    images = ((large - mean) / std).expand(-1, 3, -1, -1).contiguous()
+    return ImageSet(
+        train=TensorDataset(images[train], labels[train]),
+        val=TensorDataset(images[val], labels[val]),
+        classes=tuple(str(digit) for digit in range(10)),
+        input_size=(3, 32, 32),
+        mean=(mean,) * 3,
+        std=(std,) * 3,
+    )
+
+
+def open_data(
+    source: str | Path,
+    model: nn.Module | Mapping[str, Any],
+    *,
+    batch_size: int = 64,
+    workers: int | None = None,
+    root: str | Path | None = None,
+) -> OpenedData:
+    """Loaders for training and validation, made by timm, that fit a model.
+
+    What `source` may be:
+
+    - a folder with a training part (`train` or `training`) and a validation part (`val`, `valid`,
+      `validation`, `eval` or `test`), each a folder or a tar file (`train.tar`), that holds one
+      folder of images for each class; without a validation part, every tenth image of each class
+      is held out;
+    - a folder or a tar file that holds the class folders itself, split in the same way;
+    - a name that timm knows: `torch/cifar10`, `hfds/user/name`, `tfds/name`, `wds/FOLDER`;
+    - `digits`, the embedded set. A folder of that name is meant by `./digits`.
+
+    An image that cannot be read is counted and another one takes its place (in validation with the
+    label -1, which `evaluate` leaves out). When more than 1 % of a part, and more than 3 images,
+    cannot be read, an error names the file.
+
+    Args:
+        source: Path or name.
+        model: Gives input size, mean and standard deviation (`timm.data.resolve_model_data_config`)
+            and the number of classes; or a mapping with any of `input_size`, `mean`, `std`,
+            `interpolation`, `crop_pct`, `crop_mode` and `num_classes`.
+        batch_size: Images in a batch; at most as many as there are for training.
+        workers: Processes that read images; by default one less than the usable cores, at most 8.
+            With 0 the images are read in this process.
+        root: Where `torch/`, `hfds/` and `tfds/` data sets lie or are downloaded to.
+
+    Raises:
+        DataError: `source` does not exist, cannot be read, is empty, has no class folders, or its
+            classes differ between the parts or in number from the model's.
+    """
+    if str(source) == "digits":
+        return _digits_loaders(model, batch_size)
+    config = _data_config(model)
+    train, val = _open_parts(source, config, root)
+    classes = _class_names(train)
+    if not _is_named(source) and classes != _class_names(val):
+        raise DataError(_differing_classes(source, classes, _class_names(val)))
+    _check_class_count(source, len(classes), config["num_classes"])
+    return OpenedData(
+        train=_loader(train, config, batch_size, workers, training=True),
+        val=_loader(val, config, batch_size, workers, training=False),
+        classes=classes,
+        input_size=config["input_size"],
+    )
+
+
+def open_part(
+    source: str | Path,
+    model: nn.Module | Mapping[str, Any],
+    *,
+    training_part: bool,
+    labelled: bool = True,
+    batch_size: int = 64,
+) -> DataLoader[Any]:
+    """A loader of one part of a source, in order and without augmentation.
+
+    Args:
+        source: As for `open_data`. Of a folder or tar file without such a part, all images.
+        model: As for `open_data`.
+        training_part: The training part if true, the validation part otherwise (always this one
+            for names and `digits`).
+        labelled: If not, images need no class folders and the number of classes is not checked.
+        batch_size: Images in a batch.
+
+    Raises:
+        DataError: As for `open_data`.
+    """
+    if _is_named(source) or str(source) == "digits":
+        return open_data(source, model, batch_size=batch_size).val
+    config = _data_config(model)
+    path = _existing(source, _TRAIN_NAMES if training_part else _VAL_NAMES)
+    images = open_reader(path, config["input_size"], training=False, labelled=labelled)
+    if labelled:
+        _check_class_count(source, len(images.classes), config["num_classes"])
+    return _loader(images, config, batch_size, None, training=False)
+
+
+def _split(labels: Sequence[int], every: int) -> tuple[list[int], list[int]]:
+    """Indices for training and held out: of each class, every `every`th is held out."""
+    seen: dict[int, int] = {}
+    parts: tuple[list[int], list[int]] = ([], [])
+    for index, label in enumerate(labels):
+        seen[label] = seen.get(label, 0) + 1
+        parts[seen[label] % every == 0].append(index)
+    return parts
+
+
+def _is_named(source: str | Path) -> bool:
+    return str(source).lower().startswith(_NAMED)
+
+
+def _data_config(model: nn.Module | Mapping[str, Any]) -> dict[str, Any]:
+    from timm.data import resolve_data_config, resolve_model_data_config
+
+    if not isinstance(model, nn.Module):
+        config: dict[str, Any] = resolve_data_config(dict(model) or {"in_chans": 3})
+        return {**config, "num_classes": model.get("num_classes")}
+    classes = getattr(model, "num_classes", None)
+    if classes is None:
+        linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        classes = linear[-1].out_features if linear else None
+    return {**resolve_model_data_config(model), "num_classes": classes}
+
+
+def _part(folder: Path, names: Sequence[str]) -> Path | None:
+    candidates = (folder / f"{name}{ending}" for name in names for ending in ("", ".tar"))
+    return next((path for path in candidates if path.exists()), None)
+
+
+def _existing(source: str | Path, names: Sequence[str]) -> Path:
+    """The part of `source` with one of the names, or `source` itself."""
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise DataError(
+            f"There is no {path}. Give a folder or tar file of images, a name such as "
+            f"torch/cifar10, hfds/user/name or wds/FOLDER, or digits."
+        )
+    return (_part(path, names) if path.is_dir() else None) or path
+
+
+def _open_parts(
+    source: str | Path, config: Mapping[str, Any], root: str | Path | None
+) -> tuple[Dataset[Any], Dataset[Any]]:
+    size = config["input_size"]
+    if _is_named(source):
+        return open_named(str(source), size, root)
+    train_path, val_path = _existing(source, _TRAIN_NAMES), _existing(source, _VAL_NAMES)
+    path = Path(source).expanduser()
+    if val_path != path and train_path == path:
+        raise DataError(
+            f"{path} has a validation part ({val_path.name}) but no training part; add one, named "
+            f"train or train.tar."
+        )
+    train = open_reader(train_path, size, training=True)
+    if val_path != path:
+        return train, open_reader(val_path, size, training=False)
+    kept, held_out = _split(train.labels, every=_HELD_OUT_EVERY)
+    if not held_out:
+        raise DataError(
+            f"No class in {train_path} has {_HELD_OUT_EVERY} images, too few to hold some out for "
+            f"validation; add a validation part next to it (a folder val or a file val.tar)."
+        )
+    return train.subset(kept, training=True), train.subset(held_out, training=False)
+
+
+def _class_names(dataset: Dataset[Any]) -> tuple[str, ...]:
+    if isinstance(dataset, CheckedImages):
+        return dataset.classes
+    return tuple(str(name) for name in getattr(dataset, "classes", ()))
+
+
+def _differing_classes(source: str | Path, train: Sequence[str], val: Sequence[str]) -> str:
+    only = [f"{name} (training)" for name in train if name not in val]
+    only += [f"{name} (validation)" for name in val if name not in train]
+    shown = ", ".join(only[:5]) + (", ..." if len(only) > 5 else "")
+    return (
+        f"The parts of {source} have different classes; only in one of them: {shown}. Give both "
+        f"the same class folders."
+    )
+
+
+def _check_class_count(source: str | Path, found: int, expected: int | None) -> None:
+    if found and expected and found != expected:
+        raise DataError(
+            f"{source} has {found} classes, but the model gives {expected}. Create the model with "
+            f"num_classes={found} (or model.reset_classifier({found})) and train its classifier, "
+            f"or give data with the model's classes."
+        )
+
+
+def _default_workers() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(0, min(8, cores - 1))
+
+
+def _loader(
+    dataset: Any,
+    config: Mapping[str, Any],
+    batch_size: int,
+    workers: int | None,
+    *,
+    training: bool,
+) -> DataLoader[Any]:
+    from timm.data import create_loader
+
+    if training and not isinstance(dataset, IterableDataset):
+        batch_size = min(batch_size, len(dataset))
+    settings = {name: value for name, value in config.items() if name != "num_classes"}
+    loader: DataLoader[Any] = create_loader(
+        dataset,
+        batch_size=batch_size,
+        is_training=training,
+        num_workers=_default_workers() if workers is None else workers,
+        use_prefetcher=False,
+        pin_memory=torch.cuda.is_available(),
+        **settings,
+        **(_LIGHT_AUGMENTATION if training else {}),
+    )
+    return loader
+
+
+def _digits_loaders(model: nn.Module | Mapping[str, Any], batch_size: int) -> OpenedData:
+    data = digits()
+    _check_class_count("digits", data.num_classes, _data_config(model)["num_classes"])
+    return OpenedData(
+        train=DataLoader(data.train, batch_size=batch_size, shuffle=True, drop_last=True),
+        val=DataLoader(data.val, batch_size=batch_size),
+        classes=data.classes,
+        input_size=data.input_size,
+    )

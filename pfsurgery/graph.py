@@ -1,0 +1,286 @@
+"""The graph view: one recorded forward pass as a `torch.fx.Graph`.
+
+`torch.fx.symbolic_trace` gives up on control flow, and with leaf modules it hides what is inside
+them. So the model is run instead, on tensors without storage, and each module call and tensor
+function becomes a node. That works wherever the model runs, sees every call with its shapes, and
+never touches the caller's model: what runs is a shadow that shares its structure, not its weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
+
+from pfsurgery.errors import ShapeError, SurgeryError
+
+_CONVOLUTIONS = {torch.conv2d, nn.functional.conv2d}
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+
+
+@dataclass
+class GraphView:
+    """What one forward pass did.
+
+    Attributes:
+        graph: Nodes in the order of execution. `call_module` nodes are leaves (a convolution, a
+            norm, any module without children), `call_function` nodes the tensor functions between.
+            A node's arguments are the nodes that it reads; its `meta` holds `owner` (path of the
+            module that made the call), `shape` of the first tensor it returns, and `in_shape` of
+            the first that it reads.
+        modules: The shadow's modules by path. Tensors in it have no storage.
+        orphans: (owner path, weight shape, input shape, output shape) of each `conv2d` call with a
+            kernel larger than one pixel that no `nn.Conv2d` made.
+        foreign_reads: Paths of modules whose weight another module's code reads, with the reader.
+        output: What the model returned, with a (shape, dtype) in place of each tensor.
+    """
+
+    graph: fx.Graph
+    modules: dict[str, nn.Module]
+    orphans: list[tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = field(
+        default_factory=list
+    )
+    foreign_reads: dict[str, str] = field(default_factory=dict)
+    output: Any = None
+
+
+def view(
+    model: nn.Module,
+    example: tuple[Any, ...],
+    edit: Callable[[nn.Module], object] = lambda shadow: None,
+) -> GraphView:
+    """Record one eval-mode forward pass of `model`, without running it on real data.
+
+    Tries tensors without storage first and the real ones last, for a model whose control flow
+    depends on values.
+
+    Args:
+        model: The model; it is left alone.
+        example: Its positional arguments.
+        edit: Changes the shadow before it runs, to see what a conversion would do.
+
+    Raises:
+        SurgeryError: `edit` raised it.
+        ShapeError: The model cannot run on the example.
+    """
+    failure: Exception | None = None
+    for make in (_meta_shadow, _fake_shadow, _real_shadow):
+        shadow, convert, context = make(model)
+        try:
+            with context, torch.no_grad():
+                edit(shadow)
+                return _record(shadow, tree_map_only(Tensor, convert, example))
+        except SurgeryError:
+            raise
+        except Exception as error:
+            failure = error
+    shapes = [tuple(leaf.shape) for leaf in tree_leaves(example) if isinstance(leaf, Tensor)]
+    raise ShapeError(
+        f"{type(model).__name__} cannot run on an example of shape {_listed(shapes)}: {failure} "
+        f"Pass example= with an input that the model takes."
+    ) from failure
+
+
+def _listed(shapes: list[tuple[int, ...]]) -> str:
+    return ", ".join(str(shape) for shape in shapes) or "(no tensor)"
+
+
+Shadow = tuple[nn.Module, Callable[[Tensor], Tensor], Any]
+
+
+def _meta_shadow(model: nn.Module) -> Shadow:
+    def convert(tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor, device="meta")
+
+    return shadow_of(model, convert), convert, nullcontext()
+
+
+def _fake_shadow(model: nn.Module) -> Shadow:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def convert(tensor: Tensor) -> Tensor:
+        return mode.from_tensor(tensor)
+
+    return shadow_of(model, convert), convert, _quietly(mode)
+
+
+@contextmanager
+def _quietly(mode: Any) -> Iterator[None]:
+    """Run in a fake-tensor mode that does not log the failures which `view` handles."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with mode:
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def _real_shadow(model: nn.Module) -> Shadow:
+    return shadow_of(model, lambda tensor: tensor), lambda tensor: tensor, nullcontext()
+
+
+def shadow_of(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy of `model`'s structure in eval mode, without hooks, its tensors replaced by `convert`.
+
+    The deep copy never reaches a tensor: all of them are in its memo beforehand.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in _tensors_of(module):
+            if id(tensor) in memo:
+                continue
+            converted = convert(tensor.detach())
+            if isinstance(tensor, nn.Parameter):
+                converted = nn.Parameter(converted, requires_grad=False)
+            memo[id(tensor)] = converted
+    shadow = copy.deepcopy(model, memo)
+    for module in shadow.modules():
+        for hooks in _HOOKS:
+            getattr(module, hooks, {}).clear()
+    return shadow.eval()
+
+
+def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    for values in (module._parameters, module._buffers, module.__dict__):
+        for value in values.values():
+            if isinstance(value, Tensor):
+                yield value
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether `module` is a norm, going by its class's name; `ConvNorm` blocks are not."""
+    return "norm" in type(module).__name__.lower() and not any(
+        isinstance(inner, nn.Conv2d | nn.Linear) for inner in module.modules()
+    )
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a call of `module` is one node of the graph view."""
+    return (
+        isinstance(module, nn.Conv2d | nn.Linear)
+        or is_norm(module)
+        or next(module.children(), None) is None
+    )
+
+
+def _record(shadow: nn.Module, example: tuple[Any, ...]) -> GraphView:
+    recorder = _Recorder(shadow)
+    with recorder.hooked(shadow), recorder:
+        for leaf in tree_leaves(example):
+            if isinstance(leaf, Tensor):
+                recorder.add("placeholder", "input", (), leaf)
+        output = shadow(*example)
+    recorder.add("output", "output", output, None)
+    recorder.view.output = tree_map_only(Tensor, lambda t: (tuple(t.shape), t.dtype), output)
+    return recorder.view
+
+
+class _Recorder(TorchFunctionMode):
+    """Turns module calls and tensor functions into nodes, and tensors into edges."""
+
+    def __init__(self, shadow: nn.Module) -> None:
+        super().__init__()
+        modules = dict(shadow.named_modules())
+        self.view = GraphView(fx.Graph(), modules)
+        self._paths = {module: path for path, module in reversed(modules.items())}
+        self._node_of = WeakIdKeyDictionary()
+        self._stack: list[str] = [""]
+        self._leaf: nn.Module | None = None
+        self._weights = {
+            id(module.weight): path
+            for path, module in modules.items()
+            if isinstance(module, nn.Conv2d)
+        }
+
+    def add(self, op: str, target: Any, inputs: Any, output: Any) -> None:
+        """Append a node that reads the tensors in `inputs` and makes those in `output`."""
+        read = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        sources = tuple(dict.fromkeys(self._node_of[t] for t in read if t in self._node_of))
+        if op not in ("placeholder", "output") and (not made or not sources):
+            return
+        args: tuple[Any, ...] = (sources,) if op == "output" else sources
+        node = self.view.graph.create_node(op, target, args)
+        node.meta["owner"] = self._stack[-1]
+        node.meta["shape"] = tuple(made[0].shape) if made else ()
+        node.meta["in_shape"] = tuple(read[0].shape) if read else ()
+        for tensor in made:
+            self._node_of[tensor] = node
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if func in _CONVOLUTIONS and not isinstance(self._leaf, nn.Conv2d):
+            self._add_orphan(args, kwargs, output)
+        if self._leaf is None:
+            self.add("call_function", func, (args, kwargs), output)
+            self._note_foreign_reads(args, kwargs)
+        return output
+
+    def _add_orphan(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        weight = args[1] if len(args) > 1 else kwargs["weight"]
+        source = args[0] if args else kwargs["input"]
+        if max(weight.shape[2:]) > 1:
+            shapes = (tuple(weight.shape), tuple(source.shape), tuple(output.shape))
+            self.view.orphans.append((self._stack[-1], *shapes))
+
+    def _note_foreign_reads(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for leaf in tree_leaves((args, kwargs)):
+            path = self._weights.get(id(leaf)) if isinstance(leaf, Tensor) else None
+            if path is not None:
+                self.view.foreign_reads.setdefault(path, self._stack[-1] or "the model itself")
+
+    @contextmanager
+    def hooked(self, shadow: nn.Module) -> Iterator[None]:
+        """Follow which module runs, by hooks on the shadow."""
+        handles = []
+        for module in self._paths:
+            handles.append(module.register_forward_pre_hook(self._enter))
+            handles.append(
+                module.register_forward_hook(self._leave, with_kwargs=True, always_call=False)
+            )
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._stack.append(self._paths[module])
+        if self._leaf is None and self._stack[-1] and is_leaf(module):
+            self._leaf = module
+
+    def _leave(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        path = self._stack.pop()
+        if self._leaf is module:
+            self._leaf = None
+            self.add("call_module", path, (args, kwargs), output)

@@ -1,0 +1,272 @@
+"""Reading images through timm's readers, with every failure counted or explained."""
+
+from __future__ import annotations
+
+import io
+import struct
+import tarfile
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch.utils.data import Dataset
+
+from pfsurgery.errors import DataError
+
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_ALLOWED_SHARE = 0.01
+_ALLOWED_LEAST = 3
+
+
+class CheckedImages(Dataset[tuple[Any, int]]):
+    """Images of a timm reader; those that cannot be read are counted, across worker processes.
+
+    An unreadable image is replaced by the next readable one: with that one's label for training,
+    with the label -1 otherwise, so that it does not count as evidence.
+
+    Args:
+        reader: One of timm's readers.
+        source: What to call it in messages.
+        classes: Name of each class.
+        labels: Class index of each of the reader's images; empty if the reader does not tell.
+        mode: Pillow's colour mode, such as `RGB`.
+        training: Whether the images are for training.
+        indices: Which of the reader's images to use; all by default.
+    """
+
+    def __init__(
+        self,
+        reader: Any,
+        source: str,
+        classes: tuple[str, ...],
+        labels: Sequence[int],
+        mode: str,
+        *,
+        training: bool,
+        indices: Sequence[int] | None = None,
+    ) -> None:
+        self.reader = reader
+        self.source = source
+        self.classes = classes
+        self.labels = labels
+        self.mode = mode
+        self.training = training
+        self.indices = list(range(len(reader)) if indices is None else indices)
+        self.transform: Callable[[Any], Any] | None = None
+        self.skipped = torch.zeros(len(self.indices), dtype=torch.uint8)
+        self.skipped.share_memory_()  # type: ignore[no-untyped-call]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """Image and label of one index.
+
+        Raises:
+            DataError: Too many images could not be read; the message names the last of them.
+        """
+        from PIL import Image
+
+        readable = True
+        while True:
+            try:
+                stream, label = _open(self.reader, self.indices[index])
+                with closing(stream):
+                    image = Image.open(stream).convert(self.mode)
+                break
+            except (
+                OSError,
+                ValueError,
+                SyntaxError,
+                struct.error,
+                Image.DecompressionBombError,
+            ) as error:
+                readable = False
+                self.skipped[index] = 1
+                self._check(index, error)
+                index = (index + 1) % len(self)
+        label = int(label) if label is not None and (readable or self.training) else -1
+        return (image if self.transform is None else self.transform(image)), label
+
+    def subset(self, indices: Sequence[int], *, training: bool) -> CheckedImages:
+        """The same images, only those at `indices`."""
+        return CheckedImages(
+            self.reader,
+            self.source,
+            self.classes,
+            [self.labels[index] for index in indices],
+            self.mode,
+            training=training,
+            indices=[self.indices[index] for index in indices],
+        )
+
+    def skipped_names(self) -> tuple[str, ...]:
+        """File names of the images that could not be read so far."""
+        return tuple(self._name(int(index)) for index in self.skipped.nonzero())
+
+    def _name(self, index: int) -> str:
+        return str(self.reader.filename(self.indices[index]))
+
+    def _check(self, index: int, error: Exception) -> None:
+        allowed = min(max(_ALLOWED_LEAST, int(_ALLOWED_SHARE * len(self))), len(self) - 1)
+        count = int(self.skipped.sum())
+        if count > allowed:
+            raise DataError(
+                f"{count} of {len(self)} images in {self.source} could not be read (at most "
+                f"{allowed} are skipped), the last one {self._name(index)}: {error}. Remove or "
+                f"replace the broken files."
+            )
+
+
+def open_reader(
+    path: Path, input_size: Sequence[int], *, training: bool, labelled: bool = True
+) -> CheckedImages:
+    """A folder or tar file of images, by timm's readers.
+
+    Args:
+        path: An existing folder or `.tar` file, with one folder for each class.
+        input_size: (C, H, W); the channels decide the colour mode.
+        training: Whether the images are for training.
+        labelled: Whether each image must lie in a class folder.
+
+    Raises:
+        DataError: It cannot be read, is empty, or images lie outside of class folders.
+    """
+    if path.is_file() and path.suffix.lower() != ".tar":
+        raise DataError(f"{path} is neither a folder nor a .tar file; give one of these.")
+    from timm.data.readers import create_reader
+
+    try:
+        if path.is_dir():
+            next(path.iterdir(), None)
+        reader = create_reader("", root=str(path))
+    except PermissionError as error:
+        raise DataError(f"{path} cannot be read: {error}. Check its permissions.") from error
+    except (RuntimeError, ValueError) as error:
+        raise DataError(
+            f"{path} holds no images. Put a folder of .jpg or .png files in it for each class."
+        ) from error
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(
+            f"{path} cannot be read: {error}. A tar file must be whole and uncompressed."
+        ) from error
+    if path.is_dir():
+        names, labels = reader.class_to_idx, [label for _, label in reader.samples]
+    else:
+        names, labels = reader.class_name_to_idx, [int(label) for label in reader.targets]
+    loose = [index for name in ("", ".") if name in names for index in [names[name]]]
+    if labelled and loose:
+        example = reader.filename(labels.index(loose[0]))
+        raise DataError(
+            f"{path} has {'no class folders' if len(names) == 1 else 'images outside of them'}: "
+            f"{example} lies in no class folder. Put each image in a folder named after its class."
+        )
+    return CheckedImages(
+        reader,
+        str(path),
+        tuple(sorted(names, key=lambda name: int(names[name]))),
+        labels,
+        _mode(input_size),
+        training=training,
+    )
+
+
+def open_named(
+    name: str, input_size: Sequence[int], root: str | Path | None
+) -> tuple[Dataset[Any], Dataset[Any]]:
+    """Training and validation part of a data set that timm opens by name, such as `torch/cifar10`.
+
+    Args:
+        name: timm's name; after `wds/` the folder of the shards.
+        input_size: (C, H, W); the channels decide the colour mode.
+        root: Where the data set lies or is downloaded to; by default the cache of its library.
+
+    Raises:
+        DataError: timm cannot open it.
+    """
+    from torch.hub import get_dir
+
+    prefix, _, rest = name.partition("/")
+    prefix = prefix.lower()
+    folder = str(root) if root is not None else None
+    if prefix == "wds":
+        name, folder = "wds/", rest
+    elif prefix == "torch" and folder is None:
+        folder = str(Path(get_dir()).parent / "datasets")
+
+    def part(splits: Sequence[str], *, training: bool) -> Dataset[Any]:
+        from timm.data import create_dataset
+
+        failure: Exception | None = None
+        download = {"download": True} if prefix in ("torch", "tfds", "hfids") else {}
+        for split in splits:
+            try:
+                dataset: Any = create_dataset(
+                    name,
+                    root=folder,
+                    split=split,
+                    is_training=training,
+                    batch_size=1,
+                    input_img_mode=_mode(input_size),
+                    **download,
+                )
+            except (ImportError, OSError, RuntimeError, ValueError, LookupError) as error:
+                failure = failure or error
+            except AssertionError as error:
+                failure = failure or error
+            else:
+                return _checked(dataset, name, _mode(input_size), training=training)
+        hint = {
+            "hfds": "pip install datasets",
+            "hfids": "pip install datasets",
+            "tfds": "pip install tensorflow-datasets",
+            "wds": "pip install webdataset",
+        }.get(prefix, "the name")
+        raise DataError(
+            f"The data set {prefix}/{rest} could not be opened: {failure}. Check {hint}, the "
+            f"splits ({', '.join(splits)}) and the network."
+        ) from failure
+
+    return (
+        part(("train",), training=True),
+        part(("validation", "val", "test"), training=False),
+    )
+
+
+def _checked(dataset: Any, source: str, mode: str, *, training: bool) -> Dataset[Any]:
+    """Map-style readers are watched for unreadable images; other data sets see to it themselves."""
+    from timm.data import ImageDataset
+
+    if not isinstance(dataset, ImageDataset):
+        return dataset  # type: ignore[no-any-return]
+    names = getattr(dataset.reader, "class_to_idx", None) or {}
+    classes = tuple(str(name) for name in sorted(names, key=lambda name: int(names[name])))
+    return CheckedImages(dataset.reader, source, classes, [], mode, training=training)
+
+
+def _mode(input_size: Sequence[int]) -> str:
+    if input_size[0] not in _MODES:
+        raise DataError(
+            f"The model takes {input_size[0]} channels, but image files give 1, 3 or 4. Give "
+            f"batches of tensors instead of a path."
+        )
+    return _MODES[input_size[0]]
+
+
+def _open(reader: Any, index: int) -> tuple[BinaryIO, int | None]:
+    """Stream and label of one image.
+
+    The members of a tar are read by their offset: timm keeps the file open, and worker processes
+    that are forked from here would then share one read position.
+    """
+    if not hasattr(reader, "tar_state"):
+        stream, label = reader[index]
+        return stream, label
+    member, archive, parent = reader.samples[index]
+    path = Path(reader.root) / archive if archive else Path(reader.root)
+    offset = member.offset_data + (parent.offset_data if parent is not None else 0)
+    with path.open("rb") as file:
+        file.seek(offset)
+        return io.BytesIO(file.read(member.size)), int(reader.targets[index])

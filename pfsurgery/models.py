@@ -1,0 +1,88 @@
+"""Open a model by name or directory, with or without trained weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pfsurgery.base import Base, set_base
+from pfsurgery.checkpoint import CONFIG, load
+from pfsurgery.errors import RecordMismatchError, SurgeryError
+
+
+def open_model(
+    name: str,
+    *,
+    pretrained: bool = False,
+    checkpoint: str | Path | None = None,
+    num_classes: int | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """A model in eval mode, ready to be converted or compared.
+
+    Args:
+        name: A directory that `save` wrote, the name of a timm model, or `torchvision/` and the
+            name of a torchvision model.
+        pretrained: Take the library's trained weights, from the hub or its local cache.
+        checkpoint: File with weights instead (`.safetensors`, or `.pth` read without unpickling
+            code).
+        num_classes: Number of outputs, where it differs from the library's default.
+        kwargs: Further arguments of the library's factory.
+
+    Raises:
+        UnknownNameError: The library has no such model; the message lists the closest names.
+        RecordMismatchError: The directory or checkpoint does not fit; the message names file or key.
+        SurgeryError: The hub cannot be reached.
+    """
+    if (Path(name) / CONFIG).is_file() or Path(name).is_dir():
+        return load(name)
+    library, _, rest = name.rpartition("/")
+    base = Base(
+        "torchvision" if library == "torchvision" else "timm",
+        rest if library == "torchvision" else name,
+        {**({"num_classes": num_classes} if num_classes else {}), **(kwargs or {})},
+    )
+    model = _pretrained(base) if pretrained and checkpoint is None else base.build()
+    if checkpoint is not None:
+        _load_checkpoint(model, Path(checkpoint))
+    set_base(model, base)
+    return model.eval()
+
+
+def _pretrained(base: Base) -> nn.Module:
+    base.build()  # names and arguments are checked before the network is asked
+    try:
+        if base.library == "timm":
+            import timm
+
+            model: nn.Module = timm.create_model(base.name, pretrained=True, **base.kwargs)
+        else:
+            import torchvision
+
+            model = torchvision.models.get_model(base.name, weights="DEFAULT", **base.kwargs)
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise SurgeryError(
+            f"The trained weights of {base.name} cannot be had ({type(error).__name__}: "
+            f"{reason[0] if reason else 'no details'}). Without a connection to the hub, pass "
+            f"--checkpoint FILE (checkpoint= in Python), or --no-pretrained for random weights."
+        ) from None
+    return model
+
+
+def _load_checkpoint(model: nn.Module, path: Path) -> None:
+    from timm.models import load_checkpoint
+
+    if not path.is_file():
+        raise RecordMismatchError(f"There is no checkpoint {path}.")
+    try:
+        load_checkpoint(model, str(path), weights_only=True)
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        shown = " ".join(lines[1:3] if len(lines) > 1 else lines)
+        raise RecordMismatchError(
+            f"{path} does not fit {type(model).__name__} or is no checkpoint: {shown[:400]}"
+        ) from None

@@ -1,0 +1,262 @@
+"""What stands around a convolution, read from the graph view."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from pfsurgery.graph import GraphView, is_norm
+from pfsurgery.sites import Neighbours
+
+_ADDITIONS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__}
+_ADDITIONS |= {operator.add, operator.iadd}
+_PRODUCTS = {torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__imul__, Tensor.__rmul__}
+_PRODUCTS |= {operator.mul, operator.imul}
+_ACTIVATIONS = {
+    *(F.relu, F.relu6, F.gelu, F.silu, F.mish, F.elu, F.selu, F.celu, F.softplus, F.hardswish),
+    *(F.hardsigmoid, F.hardtanh, F.leaky_relu, F.prelu, F.relu_, F.leaky_relu_, F.elu_),
+    *(torch.relu, torch.relu_, torch.sigmoid, torch.tanh, torch.clamp, torch.square),
+    *(Tensor.relu, Tensor.relu_, Tensor.sigmoid, Tensor.sigmoid_, Tensor.tanh, Tensor.clamp),
+}
+_NORM_FUNCTIONS = {F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm}
+# Functions that keep a pixel's channels apart from other channels, wherever the axes go.
+_CHANNELWISE = {
+    *(F.dropout, F.dropout2d, F.max_pool2d, F.avg_pool2d, F.pad, F.interpolate),
+    *(torch.permute, torch.transpose, torch.clone, torch.roll),
+    *(Tensor.permute, Tensor.transpose, Tensor.contiguous, Tensor.clone, Tensor.to, Tensor.float),
+}
+_RESHAPES = {
+    *(torch.permute, torch.transpose, torch.reshape, torch.flatten, torch.squeeze, torch.unsqueeze),
+    *(
+        Tensor.permute,
+        Tensor.transpose,
+        Tensor.reshape,
+        Tensor.view,
+        Tensor.flatten,
+        Tensor.squeeze,
+    ),
+    *(Tensor.contiguous, Tensor.unsqueeze, Tensor.clone, Tensor.__getitem__, Tensor.chunk),
+    *(torch.chunk, torch.split, Tensor.split, F.interpolate),
+}
+_CHANNELWISE_MODULES = (
+    "Identity",
+    "Drop",
+    "LayerScale",
+    "BlurPool",
+    "MaxPool",
+    "AvgPool2d",
+    "Upsample",
+    "ZeroPad",
+)
+
+
+def neighbours_of(nodes: list[fx.Node], seen: GraphView, counts: dict[str, int]) -> Neighbours:
+    """Neighbours of a module that `nodes` call; `counts` says how often each module is called."""
+    around = [_around(node, seen) for node in nodes]
+    norm, activation, before, after, branch = (
+        _agreed(values) for values in zip(*around, strict=True)
+    )
+    inside = f"{norm}."
+    tail = tuple(
+        name
+        for name in (norm, activation)
+        if name and not name.startswith(inside) and counts.get(name, 0) == len(nodes)
+    )
+    private = all(
+        len(node.args) == 1
+        and len(node.args[0].users) == 1  # type: ignore[union-attr]
+        and not any(_changes_in_place(user, seen) for user in node.users)
+        for node in nodes
+    )
+    return Neighbours(
+        norm=norm,
+        activation=activation,
+        pointwise_before=before,
+        pointwise_after=after,
+        branch=branch,
+        tail=tail,
+        tail_parameters=sum(p.numel() for name in tail for p in seen.modules[name].parameters()),
+        private_input=private,
+    )
+
+
+def _around(node: fx.Node, seen: GraphView) -> tuple[str | None, ...]:
+    norm, activation, end = _tail(node, seen)
+    channels = node.meta["shape"][-3] if len(node.meta["shape"]) >= 3 else 0
+    return (
+        norm,
+        activation,
+        _pointwise_before(node, seen),
+        _pointwise_after(end, channels, seen),
+        _branch(node),
+    )
+
+
+def _agreed(values: Iterable[str | None]) -> str | None:
+    distinct = set(values)
+    return distinct.pop() if len(distinct) == 1 else None
+
+
+def reads_input(node: fx.Node, seen: GraphView) -> bool:
+    """Whether a path leads from the model's input to `node` through no layer with weights."""
+    stack, visited = list(node.args), set()
+    while stack:
+        source = stack.pop()
+        if not isinstance(source, fx.Node) or source in visited:
+            continue
+        visited.add(source)
+        if source.op == "placeholder":
+            return True
+        if not _has_matrix(source, seen):
+            stack.extend(source.args)
+    return False
+
+
+def feeds_output(node: fx.Node) -> bool:
+    """Whether the model returns what `node` makes, at most reshaped."""
+    stack, visited = list(node.users), set()
+    while stack:
+        user = stack.pop()
+        if user.op == "output":
+            return True
+        if user not in visited and user.target in _RESHAPES:
+            visited.add(user)
+            stack.extend(user.users)
+    return False
+
+
+def _has_matrix(node: fx.Node, seen: GraphView) -> bool:
+    if node.op == "call_module":
+        module = seen.modules[str(node.target)]
+        return not is_norm(module) and any(p.ndim > 1 for p in module.parameters())
+    return node.target in (F.linear, torch.conv2d, F.conv2d, torch.matmul, Tensor.__matmul__)
+
+
+def _tail(node: fx.Node, seen: GraphView) -> tuple[str | None, str | None, fx.Node]:
+    """Norm and activation right behind `node`, and the last node of that chain."""
+    norm = activation = None
+    while (user := _next(node)) is not None:
+        if norm is None and activation is None and _is_norm(user, seen):
+            norm = _owner(user)
+            inner = getattr(seen.modules.get(norm), "act", None)
+            if isinstance(inner, nn.Module) and not isinstance(inner, nn.Identity):
+                activation = f"{norm}.act"
+        elif activation is None and _is_activation(user, seen):
+            activation = _owner(user)
+        elif not _is_channelwise(user, seen) or _is_pool(user, seen):
+            break
+        node = user
+    return norm, activation, node
+
+
+def _next(node: fx.Node) -> fx.Node | None:
+    """The one node that goes on with what `node` made: its only reader, or the gate's product."""
+    users = list(node.users)
+    if len(users) == 1:
+        return users[0] if len(users[0].args) == 1 else None
+    products = [user for user in users if user.target in _PRODUCTS]
+    if len(products) == 1 and not any(user.target in _ADDITIONS for user in users):
+        return products[0]
+    return None
+
+
+def _pointwise_after(node: fx.Node, channels: int, seen: GraphView) -> str | None:
+    while (user := _next(node)) is not None:
+        pointwise = _pointwise(user, seen)
+        if pointwise is not None:
+            return pointwise if _reads(seen.modules[pointwise]) == channels else None
+        gate = user.target in _PRODUCTS
+        if not (gate or _passes(user, seen)):
+            return None
+        node = user
+    return None
+
+
+def _pointwise_before(node: fx.Node, seen: GraphView) -> str | None:
+    while len(node.args) == 1 and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+        pointwise = _pointwise(node, seen)
+        if pointwise is not None or not _passes(node, seen):
+            return pointwise
+    return None
+
+
+def _passes(node: fx.Node, seen: GraphView) -> bool:
+    return _is_norm(node, seen) or _is_activation(node, seen) or _is_channelwise(node, seen)
+
+
+def _branch(node: fx.Node) -> str | None:
+    """Owner of the first addition downstream that happens inside a module around `node`."""
+    path = str(node.target)
+    stack, visited = list(node.users), set()
+    while stack:
+        user = stack.pop(0)
+        if user in visited or user.op == "output":
+            continue
+        visited.add(user)
+        owner = user.meta["owner"]
+        inside = owner and path.startswith(f"{owner}.")
+        if user.target in _ADDITIONS and len(user.args) == 2 and inside:
+            return str(owner)
+        stack.extend(user.users)
+        if len(visited) > 64:
+            return None
+    return None
+
+
+def _pointwise(node: fx.Node, seen: GraphView) -> str | None:
+    if node.op != "call_module":
+        return None
+    path = str(node.target)
+    module = seen.modules[path]
+    if isinstance(module, nn.Linear):
+        return path
+    if isinstance(module, nn.Conv2d):
+        one = tuple(module.kernel_size) == (1, 1) and tuple(module.stride) == (1, 1)
+        return path if one and module.groups == 1 else None
+    return None
+
+
+def _reads(pointwise: nn.Module) -> int:
+    return int(getattr(pointwise, "in_channels", None) or getattr(pointwise, "in_features", 0))
+
+
+def _owner(node: fx.Node) -> str:
+    return str(node.target) if node.op == "call_module" else str(node.meta["owner"])
+
+
+def _is_norm(node: fx.Node, seen: GraphView) -> bool:
+    if node.op == "call_module":
+        return is_norm(seen.modules[str(node.target)])
+    return node.target in _NORM_FUNCTIONS
+
+
+def _is_activation(node: fx.Node, seen: GraphView) -> bool:
+    if node.op == "call_module":
+        cls = type(seen.modules[str(node.target)])
+        return "activation" in cls.__module__.lower() and "Attention" not in cls.__name__
+    return node.target in _ACTIVATIONS
+
+
+def _is_channelwise(node: fx.Node, seen: GraphView) -> bool:
+    if node.op == "call_module":
+        name = type(seen.modules[str(node.target)]).__name__
+        return any(part in name for part in _CHANNELWISE_MODULES) and "Adaptive" not in name
+    return node.target in _CHANNELWISE or (node.target in _PRODUCTS and len(node.args) == 1)
+
+
+def _is_pool(node: fx.Node, seen: GraphView) -> bool:
+    if node.op == "call_module":
+        return "Pool" in type(seen.modules[str(node.target)]).__name__
+    return node.target in (F.max_pool2d, F.avg_pool2d)
+
+
+def _changes_in_place(node: fx.Node, seen: GraphView) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(seen.modules[str(node.target)], "inplace", False))
+    name = getattr(node.target, "__name__", "")
+    return name.endswith("_") or (name.startswith("__i") and not name.startswith("__init"))

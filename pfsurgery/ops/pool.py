@@ -1,0 +1,132 @@
+"""Pooling: the maximum or the mean of a window, per channel."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pfsurgery.ops.base import Op, Support, register_op
+from pfsurgery.ops.window import Window
+from pfsurgery.sites import Site
+
+
+class MaxPool(nn.Module):
+    """Maximum over a window: (N, C, H, W) to (N, C, H', W'), sizes as a convolution gives them.
+
+    Borders: padding never wins (it is minus infinity); with reflect, replicate or circular padding
+    the padded pixels count. Comparisons per output: kernel area - 1. No parameters, no MACs.
+    """
+
+    def __init__(self, window: Window) -> None:
+        super().__init__()
+        self.window = window
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The window's maximum for each channel."""
+        window = self.window
+        padding = window.stock_padding
+        if padding is None:
+            x, padding = window.pad(x, value=-math.inf), (0, 0)
+        return F.max_pool2d(x, window.kernel_size, window.stride, padding, window.dilation)
+
+    def extra_repr(self) -> str:
+        """The window, for printing."""
+        return str(self.window)
+
+
+class AvgPool(nn.Module):
+    """Mean over a window: (N, C, H, W) to (N, C, H', W'), sizes as a convolution gives them.
+
+    Borders: padded zeros are left out of the mean, so a constant input stays constant; with reflect,
+    replicate or circular padding the padded pixels count. Additions per output: kernel area - 1.
+    Equal to a depthwise convolution with the constant filter 1 / area inside the borders. No
+    parameters, no MACs.
+    """
+
+    def __init__(self, window: Window) -> None:
+        super().__init__()
+        self.window = window
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The window's mean for each channel."""
+        window = self.window
+        padding = window.stock_padding
+        if padding is not None:
+            return F.avg_pool2d(
+                x, window.kernel_size, window.stride, padding, count_include_pad=False
+            )
+        means = F.avg_pool2d(window.pad(x), window.kernel_size, window.stride)
+        if window.padding_mode != "zeros":
+            return means
+        ones = torch.ones_like(x[:1, :1])
+        return means / F.avg_pool2d(window.pad(ones), window.kernel_size, window.stride)
+
+    def extra_repr(self) -> str:
+        """The window, for printing."""
+        return str(self.window)
+
+
+class MaxPoolOp(Op):
+    """Maximum over the convolution's window (Han et al., ICLR 2022, the efficient bottleneck)."""
+
+    name = "max_pool"
+    summary = "maximum over the window; padding never wins"
+
+    def build(self, site: Site) -> nn.Module:
+        """A `MaxPool` with the site's window."""
+        return MaxPool(Window.of(site.geometry))
+
+
+class AvgPoolOp(Op):
+    """Mean over the convolution's window."""
+
+    name = "avg_pool"
+    summary = "mean over the window; padded zeros are left out"
+
+    def supports(self, site: Site) -> Support:
+        """Any window without dilation."""
+        if site.geometry.dilation != (1, 1):
+            return Support("average pooling has no dilation")
+        return super().supports(site)
+
+    def build(self, site: Site) -> nn.Module:
+        """An `AvgPool` with the site's window."""
+        return AvgPool(Window.of(site.geometry))
+
+
+class AvgDownOp(Op):
+    """2x2 mean in front of the same convolution at stride 1 (the hybrid network's stride-2 sites).
+
+    From Han et al., ICLR 2022. Their code floors odd sizes and crashes where the shortcut rounds
+    up; here the last row and column of an odd size are averaged on their own.
+    """
+
+    name = "avg_down"
+    summary = "2x2 mean, then the same convolution at stride 1 (keeps its weights)"
+    keeps_convolution = True
+
+    def supports(self, site: Site) -> Support:
+        """Stride 2 and an odd kernel whose padding keeps the size at stride 1."""
+        geometry = site.geometry
+        if geometry.stride != (2, 2):
+            return Support("only a stride of 2 can move into a 2x2 average pool")
+        same = tuple(
+            (k - 1) * d for k, d in zip(geometry.kernel_size, geometry.dilation, strict=True)
+        )
+        if geometry.padding == "same":
+            return Support()
+        if tuple(2 * p for p in geometry.padding) != same:
+            return Support("its padding would change the size once its stride is 1")
+        return Support()
+
+    def build(self, site: Site) -> nn.Module:
+        """A 2x2 average pool that rounds sizes up."""
+        return nn.AvgPool2d(2, 2, ceil_mode=True)
+
+
+register_op(MaxPoolOp())
+register_op(AvgPoolOp())
+register_op(AvgDownOp())

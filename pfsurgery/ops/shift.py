@@ -1,0 +1,106 @@
+"""Moving pixels: shift, and identity as the shift by nothing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pfsurgery.ops.base import Op, register_op
+from pfsurgery.ops.window import Window, is_channels_last
+from pfsurgery.sites import Site
+
+
+class Shift(nn.Module):
+    """Move groups of channels by one pixel: (N, C, H, W) to (N, C, H', W').
+
+    The channels are cut into contiguous groups, one for each tap of the kernel's inner 3x3: the
+    first stays, the others move by one (dilated) pixel in the 8 directions (Wu et al., "Shift",
+    CVPR 2018, arXiv 1711.08141). Equal to a depthwise convolution whose filters have a single 1.
+
+    Borders: zeros move in, or what the window's padding mode says. No parameters, no MACs, no
+    arithmetic.
+    """
+
+    def __init__(self, window: Window, channels: int) -> None:
+        super().__init__()
+        self.window = window
+        taps = window.near_taps()
+        base, rest = divmod(channels, len(taps))
+        self.taps = tuple(
+            (tap, base + (i < rest)) for i, tap in enumerate(taps) if base + (i < rest)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Each group at its place."""
+        padded = self.window.pad(x)
+        groups = padded.split([size for _, size in self.taps], dim=-3)
+        moved = [
+            self.window.tap(group, tap) for group, (tap, _) in zip(groups, self.taps, strict=True)
+        ]
+        return torch.cat(moved, dim=-3)
+
+    def extra_repr(self) -> str:
+        """The window, for printing."""
+        return str(self.window)
+
+
+class Subsample(nn.Module):
+    """The pixels under the middle of each window, copied: (N, C, H, W) to (N, C, H', W')."""
+
+    def __init__(self, window: Window) -> None:
+        super().__init__()
+        self.window = window
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A new tensor, so that a following in-place operation cannot reach the input."""
+        centre = self.window.tap(self.window.pad(x), self.window.center)
+        layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+        return centre.clone(memory_format=layout)
+
+    def extra_repr(self) -> str:
+        """The window, for printing."""
+        return str(self.window)
+
+
+class ShiftOp(Op):
+    """Channel groups moved by one pixel."""
+
+    name = "shift"
+    summary = "channel groups moved by one pixel in 8 directions, one group kept"
+
+    def build(self, site: Site) -> nn.Module:
+        """A `Shift` with the site's window."""
+        return Shift(Window.of(site.geometry), site.geometry.in_channels)
+
+
+class IdentityOp(Op):
+    """Nothing at all, or, at a strided site, every s-th pixel."""
+
+    name = "identity"
+    summary = "the input itself, subsampled where the site has a stride"
+
+    def build(self, site: Site) -> nn.Module:
+        """`nn.Identity` where the output may be the input itself, else a `Subsample`."""
+        window = Window.of(site.geometry)
+        pads = site.geometry.pads(site.input_shape[-2:])  # type: ignore[arg-type]
+        centred = all(
+            (before, after) == (centre * dilation, (size - 1 - centre) * dilation)
+            for (before, after), centre, dilation, size in zip(
+                pads, window.center, window.dilation, window.kernel_size, strict=True
+            )
+        )
+        if window.stride == (1, 1) and centred:
+            return nn.Identity() if site.neighbours.private_input else Copy()
+        return Subsample(window)
+
+
+class Copy(nn.Module):
+    """The input as a new tensor, where someone else reads or changes the original."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A copy of `x` (N, C, H, W)."""
+        return x.clone()
+
+
+register_op(ShiftOp())
+register_op(IdentityOp())

@@ -1,0 +1,120 @@
+"""Where a convolution looks: the geometry that ops share, with every kind of padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pfsurgery.sites import Geometry, Pair
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The windows of a convolution, without channels; fields as in `Geometry`."""
+
+    kernel_size: Pair
+    stride: Pair = (1, 1)
+    padding: Pair | Literal["same"] = (0, 0)
+    dilation: Pair = (1, 1)
+    padding_mode: str = "zeros"
+
+    @classmethod
+    def of(cls, geometry: Geometry) -> Window:
+        """The windows that a convolution of this geometry looks through."""
+        return cls(
+            geometry.kernel_size,
+            geometry.stride,
+            geometry.padding,
+            geometry.dilation,
+            geometry.padding_mode,
+        )
+
+    @property
+    def stock_padding(self) -> Pair | None:
+        """Padding as PyTorch's pooling takes it, None where it would refuse it."""
+        if self.padding == "same" or self.padding_mode != "zeros":
+            return None
+        small = all(p <= k // 2 for p, k in zip(self.padding, self.kernel_size, strict=True))
+        return self.padding if small else None
+
+    @property
+    def center(self) -> Pair:
+        """The tap in the middle of the kernel; of an even kernel, the one above and left of it."""
+        return (self.kernel_size[0] - 1) // 2, (self.kernel_size[1] - 1) // 2
+
+    def pad(self, x: Tensor, value: float = 0.0, mode: str | None = None) -> Tensor:
+        """Pad (N, C, H, W) so that windows need no padding any more.
+
+        Args:
+            x: The input.
+            value: What `"zeros"` padding is filled with.
+            mode: Padding mode in place of the window's own.
+        """
+        geometry = Geometry(1, 1, self.kernel_size, self.stride, self.padding, self.dilation)
+        (top, bottom), (left, right) = geometry.pads((x.shape[-2], x.shape[-1]))
+        if not (top or bottom or left or right):
+            return x
+        mode = mode or self.padding_mode
+        edges = (left, right, top, bottom)
+        if mode == "zeros":
+            return F.pad(x, edges, value=value)
+        padded = F.pad(x, edges, mode=mode)
+        if is_channels_last(x):
+            return padded.contiguous(memory_format=torch.channels_last)
+        return padded
+
+    def tap(self, padded: Tensor, position: Pair) -> Tensor:
+        """What one tap of the kernel sees: a view (N, C, H', W') of the padded input."""
+        rows, columns = (
+            slice(start := i * d, start + (size - (k - 1) * d - 1) // s * s + 1, s)
+            for i, d, k, s, size in zip(
+                position,
+                self.dilation,
+                self.kernel_size,
+                self.stride,
+                padded.shape[-2:],
+                strict=True,
+            )
+        )
+        return padded[..., rows, columns]
+
+    def near_taps(self) -> tuple[Pair, ...]:
+        """The taps of the kernel's inner 3x3 (fewer where the kernel is smaller), center first."""
+        vertical, horizontal = (
+            [i for i in (c - 1, c, c + 1) if 0 <= i < k]
+            for c, k in zip(self.center, self.kernel_size, strict=True)
+        )
+        taps = [(i, j) for i in vertical for j in horizontal]
+        return (self.center, *(tap for tap in taps if tap != self.center))
+
+    def why_empty(self) -> str | None:
+        """Why some windows would hold nothing but padding, None where each holds a pixel."""
+        if self.padding_mode != "zeros":
+            return None
+        spans = [(k - 1) * d for k, d in zip(self.kernel_size, self.dilation, strict=True)]
+        if self.padding == "same":
+            uneven = any(
+                k % 2 == 0 and d > 1 for k, d in zip(self.kernel_size, self.dilation, strict=True)
+            )
+            return (
+                "a dilated even kernel with 'same' padding can miss every pixel" if uneven else None
+            )
+        for padding, span, kernel, dilation in zip(
+            self.padding, spans, self.kernel_size, self.dilation, strict=True
+        ):
+            uneven = kernel % 2 == 0 and dilation > 1 and padding > 0
+            if padding > (span + 1) // 2 or uneven:
+                return (
+                    f"padding {padding} around a kernel that spans {span + 1} pixels: "
+                    f"border windows could hold nothing but padding"
+                )
+        return None
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether `x` (N, C, H, W) is laid out with its channels innermost."""
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)

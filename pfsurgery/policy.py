@@ -1,0 +1,232 @@
+"""Policies: ordered rules that say what each site becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from pfsurgery.errors import PolicyError, UnknownNameError, closest
+from pfsurgery.ops import get_op
+from pfsurgery.select import Where, as_patterns, matches
+from pfsurgery.sites import Site
+
+Tail = Literal["keep", "drop"]
+KEEP = "keep"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What the sites that it matches become. All conditions given must hold.
+
+    Attributes:
+        op: Name of an op, or `keep`.
+        tail: `"keep"` leaves norm and activation behind the site as they are; `"drop"` turns them
+            into `nn.Identity`, as in the paper's efficient bottleneck.
+        name: Name patterns: exact, glob, or `re:` and a regular expression.
+        kind: `"depthwise"`, `"grouped"` or `"dense"`.
+        depth: `"deep"` for the deeper half of the resolution stages, `"shallow"` for the rest.
+        stride: True for sites with a stride, False for those without.
+        bottleneck: True for sites between two pointwise convolutions.
+        same_channels: True for sites with as many output as input channels.
+        where: Any further condition, as a function of the site (Python only).
+    """
+
+    op: str
+    tail: Tail = "keep"
+    name: str | tuple[str, ...] | None = None
+    kind: str | None = None
+    depth: Literal["deep", "shallow"] | None = None
+    stride: bool | None = None
+    bottleneck: bool | None = None
+    same_channels: bool | None = None
+    where: Where | None = None
+
+    def __post_init__(self) -> None:
+        if self.op != KEEP:
+            get_op(self.op)
+        _check_choice("tail", self.tail, ("keep", "drop"))
+        _check_choice("kind", self.kind, (None, "depthwise", "grouped", "dense"))
+        _check_choice("depth", self.depth, (None, "deep", "shallow"))
+        for flag in ("stride", "bottleneck", "same_channels"):
+            _check_choice(flag, getattr(self, flag), (None, True, False))
+
+    def matches(self, site: Site) -> bool:
+        """Whether all conditions hold for `site`."""
+        geometry = site.geometry
+        facts = (
+            (self.kind, site.kind),
+            (self.depth, "deep" if site.depth >= 0.5 else "shallow"),
+            (self.stride, geometry.stride != (1, 1)),
+            (self.bottleneck, site.bottleneck),
+            (self.same_channels, geometry.in_channels == geometry.out_channels),
+        )
+        return (
+            all(wanted is None or wanted == fact for wanted, fact in facts)
+            and (self.name is None or matches(site, self.name))
+            and (self.where is None or self.where(site))
+        )
+
+
+def _check_choice(what: str, value: object, allowed: tuple[object, ...]) -> None:
+    if not any(value is choice or value == choice for choice in allowed):
+        shown = ", ".join(repr(choice) for choice in allowed if choice is not None)
+        raise PolicyError(f"A rule's {what} must be one of {shown}, not {value!r}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Ordered rules; the first that matches a site decides, and a site that none matches is kept.
+
+    Attributes:
+        name: What the registry and the plan call it.
+        rules: The rules.
+        summary: One line for listings.
+    """
+
+    name: str
+    rules: tuple[Rule, ...]
+    summary: str = ""
+
+    def decide(self, site: Site) -> Rule | None:
+        """The first rule that matches `site`, None where none does."""
+        return next((rule for rule in self.rules if rule.matches(site)), None)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], name: str = "custom") -> Policy:
+        """A policy from the content of a YAML file.
+
+        Raises:
+            PolicyError: A key is unknown or a value has the wrong form.
+            UnknownNameError: A rule names an op that does not exist.
+        """
+        _check_keys("policy", values, ("name", "summary", "rules"))
+        rules = values.get("rules")
+        if not isinstance(rules, list) or not rules:
+            raise PolicyError(f"Policy {values.get('name', name)!r} needs a list of rules.")
+        return cls(
+            name=str(values.get("name", name)),
+            rules=tuple(_rule_from_dict(rule) for rule in rules),
+            summary=str(values.get("summary", "")),
+        )
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Policy:
+        """A policy from a YAML file.
+
+        Raises:
+            PolicyError: The file is unreadable or not a policy.
+        """
+        path = Path(path)
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise PolicyError(f"{path} cannot be read as a YAML policy: {error}.") from None
+        if not isinstance(values, dict):
+            raise PolicyError(f"{path} is not a policy: it needs the keys name and rules.")
+        return cls.from_dict(values, name=path.stem)
+
+
+def _rule_from_dict(values: object) -> Rule:
+    if not isinstance(values, dict) or "op" not in values:
+        raise PolicyError(
+            f"A rule needs the key op, as in {{kind: depthwise, op: max_pool}}: {values!r}"
+        )
+    _check_keys("rule", values, tuple(f.name for f in fields(Rule) if f.name != "where"))
+    name = values.get("name")
+    return Rule(**{**values, "name": as_patterns(name) if name is not None else None})
+
+
+def _check_keys(what: str, values: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    for key in values:
+        if key not in known:
+            raise PolicyError(f"A {what} has no key {key!r}. {closest(str(key), known)}")
+
+
+SiteFunction = Callable[[Site], str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionPolicy:
+    """A policy that asks a function of the site for an op's name, `keep`, or None.
+
+    Attributes:
+        name: What the plan calls it.
+        function: The function.
+    """
+
+    name: str
+    function: SiteFunction
+
+    def decide(self, site: Site) -> Rule | None:
+        """The function's answer as a rule."""
+        op = self.function(site)
+        return None if op is None else Rule(op)
+
+
+PolicyLike = Policy | FunctionPolicy | str | Path | SiteFunction
+
+_REGISTRY: dict[str, Policy] = {}
+
+
+def register_policy(policy: Policy) -> Policy:
+    """Make `policy` available under its name.
+
+    Raises:
+        UnknownNameError: The name is taken.
+    """
+    if policy.name in _REGISTRY or policy.name in _shipped():
+        raise UnknownNameError(
+            f"A policy named {policy.name!r} exists already; choose another name."
+        )
+    _REGISTRY[policy.name] = policy
+    return policy
+
+
+def get_policy(policy: PolicyLike) -> Policy | FunctionPolicy:
+    """The policy that a name, a YAML path, or a function of a site stands for.
+
+    Raises:
+        UnknownNameError: No policy has that name; the message lists the closest.
+        PolicyError: The YAML file is not a policy.
+    """
+    if isinstance(policy, Policy | FunctionPolicy):
+        return policy
+    if isinstance(policy, Path) or (isinstance(policy, str) and policy.endswith((".yaml", ".yml"))):
+        return Policy.from_yaml(policy)
+    if isinstance(policy, str):
+        known = {**_shipped(), **_REGISTRY}
+        if policy not in known:
+            raise UnknownNameError(
+                f"No policy is named {policy!r}. {closest(policy, known)} "
+                f"A path to a policy must end in .yaml."
+            )
+        return known[policy]
+    if callable(policy):
+        return FunctionPolicy(getattr(policy, "__name__", "custom"), policy)
+    raise PolicyError(
+        f"A policy is a name, a Policy, a path to a .yaml file or a function of a site, "
+        f"not {type(policy).__name__}."
+    )
+
+
+def list_policies(pattern: str = "*") -> list[str]:
+    """Names of the known policies that match a glob, sorted."""
+    return sorted(name for name in {**_shipped(), **_REGISTRY} if fnmatchcase(name, pattern))
+
+
+@cache
+def _shipped() -> dict[str, Policy]:
+    folder = resources.files("pfsurgery") / "policies"
+    policies = [
+        Policy.from_dict(yaml.safe_load(file.read_text(encoding="utf-8")))
+        for file in sorted(folder.iterdir(), key=lambda file: file.name)
+        if file.name.endswith(".yaml")
+    ]
+    return {policy.name: policy for policy in policies}

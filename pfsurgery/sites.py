@@ -1,0 +1,268 @@
+"""Frozen facts about the places of a model where surgery is possible."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Any, Literal
+
+from torch import nn
+
+Pair = tuple[int, int]
+Kind = Literal["depthwise", "grouped", "dense"]
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """What a spatial convolution computes, without its weights.
+
+    Attributes:
+        in_channels: Channels read.
+        out_channels: Channels written.
+        kernel_size: (height, width) in pixels.
+        stride: (vertical, horizontal) in pixels.
+        padding: (vertical, horizontal) pixels on each side, or `"same"`: as many as give
+            ceil(size / stride) outputs, an odd one at the bottom or right (TensorFlow's rule, which
+            is PyTorch's `padding="same"` at stride 1).
+        dilation: (vertical, horizontal) distance of two taps in pixels.
+        groups: Number of independent channel groups.
+        padding_mode: `"zeros"`, `"reflect"`, `"replicate"` or `"circular"`.
+        bias: Whether a bias is added.
+    """
+
+    in_channels: int
+    out_channels: int
+    kernel_size: Pair
+    stride: Pair = (1, 1)
+    padding: Pair | Literal["same"] = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+    padding_mode: str = "zeros"
+    bias: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        """`"depthwise"` (a filter a channel), `"grouped"` or `"dense"`."""
+        if self.groups == 1:
+            return "dense"
+        return "depthwise" if self.groups == self.in_channels else "grouped"
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, bias included."""
+        return self.macs_per_position + (self.out_channels if self.bias else 0)
+
+    @property
+    def macs_per_position(self) -> int:
+        """Multiply-adds at one output position (equals the number of weights without bias)."""
+        height, width = self.kernel_size
+        return self.out_channels * (self.in_channels // self.groups) * height * width
+
+    def pads(self, size: tuple[int, int]) -> tuple[Pair, Pair]:
+        """((top, bottom), (left, right)) pixels of padding for an input of (H, W) pixels."""
+        if self.padding != "same":
+            vertical, horizontal = self.padding
+            return (vertical, vertical), (horizontal, horizontal)
+        top, left = (
+            _same_padding(s, k, t, d)
+            for s, k, t, d in zip(size, self.kernel_size, self.stride, self.dilation, strict=True)
+        )
+        return top, left
+
+    def __str__(self) -> str:
+        """For example `3x3 s2 64->128 g32`."""
+        parts = ["x".join(map(str, self.kernel_size))]
+        if self.stride != (1, 1):
+            vertical, horizontal = self.stride
+            parts.append(f"s{vertical}" if vertical == horizontal else f"s{vertical}x{horizontal}")
+        if self.dilation != (1, 1):
+            parts.append(f"d{self.dilation[0]}")
+        same = self.in_channels == self.out_channels
+        parts.append(f"{self.in_channels}" if same else f"{self.in_channels}->{self.out_channels}")
+        if self.groups not in (1, self.in_channels):
+            parts.append(f"g{self.groups}")
+        return " ".join(parts)
+
+
+def _same_padding(size: int, kernel: int, stride: int, dilation: int) -> Pair:
+    total = max((ceil(size / stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+    return total // 2, total - total // 2
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """What stands around a site in the data flow; names are module paths, None where absent.
+
+    Attributes:
+        norm: Norm behind the convolution.
+        activation: Activation behind the convolution (behind its norm, where it has one).
+        pointwise_before: 1x1 convolution or linear layer that feeds the site, with nothing but
+            norms and activations between.
+        pointwise_after: The one that mixes the site's channels next; gates such as
+            squeeze-and-excitation may stand between.
+        branch: Module that holds the branch which the site sits in: the innermost one whose
+            output is added to a shortcut.
+        tail: The norm and the activation, where nothing but this site leads to them: what
+            `tail="drop"` turns into `nn.Identity`.
+        tail_parameters: How many parameters the tail has.
+        private_input: No other operation reads the site's input and nothing changes its output in
+            place, so that an operation may return its input itself.
+    """
+
+    norm: str | None = None
+    activation: str | None = None
+    pointwise_before: str | None = None
+    pointwise_after: str | None = None
+    branch: str | None = None
+    tail: tuple[str, ...] = ()
+    tail_parameters: int = 0
+    private_input: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One place where surgery is possible: a spatial convolution (kernel larger than one pixel).
+
+    Attributes:
+        name: Its first module path, as in `named_modules()`.
+        names: All its paths; more than one where a module is shared.
+        module: Qualified name of the module's class.
+        geometry: What it computes.
+        input_shape: (N, C, H, W) at its first call with the example input.
+        output_shape: (N, C', H', W') at its first call.
+        calls: How often one forward pass calls it.
+        positions: Output positions of all calls for one forward pass of the example, N included.
+        stage: Index of its resolution stage, 0 for the finest output resolution.
+        depth: Where it stands in the network, from 0 up to 1: stage / number of stages, or, where
+            all sites share one resolution, its rank in the order of execution.
+        neighbours: What stands around it.
+        stem: It reads the model's input.
+        output: It feeds the model's output, with nothing but reshaping between.
+        blocked: Why nothing can take its place, None where an op may.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    module: str
+    geometry: Geometry
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    calls: int = 1
+    positions: int = 0
+    stage: int = 0
+    depth: float = 0.0
+    neighbours: Neighbours = field(default_factory=Neighbours)
+    stem: bool = False
+    output: bool = False
+    blocked: str | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """`"depthwise"`, `"grouped"` or `"dense"`."""
+        return self.geometry.kind
+
+    @property
+    def bottleneck(self) -> bool:
+        """Whether pointwise convolutions stand on both sides."""
+        around = self.neighbours
+        return around.pointwise_before is not None and around.pointwise_after is not None
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of all calls in one forward pass of the example."""
+        return self.geometry.macs_per_position * self.positions
+
+    def to_dict(self) -> dict[str, Any]:
+        """The site as JSON-ready values."""
+        return _to_json(self)  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Site:
+        """The site that `to_dict` wrote.
+
+        Raises:
+            KeyError: A fact is missing.
+            TypeError: A fact has an unknown name.
+        """
+        values = {key: _tuples(value) for key, value in values.items()}
+        values["geometry"] = Geometry(**_tuples_inside(values["geometry"]))
+        values["neighbours"] = Neighbours(**_tuples_inside(values["neighbours"]))
+        return cls(**values)
+
+
+def _to_json(value: Any) -> Any:
+    if hasattr(value, "__dataclass_fields__"):
+        return {key: _to_json(getattr(value, key)) for key in value.__dataclass_fields__}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _tuples_inside(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: _tuples(value) for key, value in values.items()}
+
+
+# Subclasses of nn.Conv2d whose geometry is known, by qualified name so that timm is not imported.
+# What they do to their weights does not matter to an op without weights. The value says whether
+# the class pads dynamically, the way "same" is defined here.
+_KNOWN_CONVOLUTIONS = {
+    "torch.nn.modules.conv.Conv2d": False,
+    "timm.layers.conv2d_same.Conv2dSame": True,
+    "timm.layers.conv2d_same.Conv2dSameExport": True,
+    "timm.layers.std_conv.StdConv2d": False,
+    "timm.layers.std_conv.StdConv2dSame": None,
+    "timm.layers.std_conv.ScaledStdConv2d": False,
+    "timm.layers.std_conv.ScaledStdConv2dSame": None,
+}
+
+
+def class_name(module: nn.Module) -> str:
+    """Module path and name of `module`'s class."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def is_known_convolution(module: nn.Module) -> bool:
+    """Whether the exact class of `module` is one whose geometry is known."""
+    return class_name(module) in _KNOWN_CONVOLUTIONS
+
+
+def register_convolution(cls: type[nn.Conv2d], *, same: bool = False) -> None:
+    """Declare that `cls`, a subclass of `nn.Conv2d`, may be replaced.
+
+    Args:
+        cls: The class. Its attributes must mean what they mean on `nn.Conv2d`.
+        same: It pads its input itself, to ceil(size / stride) outputs, an odd pixel at the bottom
+            or right.
+    """
+    _KNOWN_CONVOLUTIONS[f"{cls.__module__}.{cls.__qualname__}"] = same
+
+
+def geometry_of(conv: nn.Conv2d) -> Geometry:
+    """The geometry of a convolution; of an unknown subclass, as its attributes state it."""
+    same = _KNOWN_CONVOLUTIONS.get(class_name(conv), False)
+    if same is None:
+        same = bool(getattr(conv, "same_pad", False))
+    padding: Pair | Literal["same"]
+    if same or conv.padding == "same":
+        padding = "same"
+    elif conv.padding == "valid":
+        padding = (0, 0)
+    else:
+        padding = (int(conv.padding[0]), int(conv.padding[1]))
+    return Geometry(
+        in_channels=conv.in_channels,
+        out_channels=conv.out_channels,
+        kernel_size=_pair(conv.kernel_size),
+        stride=_pair(conv.stride),
+        padding=padding,
+        dilation=_pair(conv.dilation),
+        groups=conv.groups,
+        padding_mode=conv.padding_mode,
+        bias=conv.bias is not None,
+    )
+
+
+def _pair(values: tuple[int, ...]) -> Pair:
+    return int(values[0]), int(values[1])

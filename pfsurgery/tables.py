@@ -1,0 +1,112 @@
+"""Rich tables of sites and plans."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from io import StringIO
+from typing import TYPE_CHECKING
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+from pfsurgery.sites import Site
+
+if TYPE_CHECKING:
+    from pfsurgery.job import Step
+    from pfsurgery.plan import Plan
+
+
+def render(what: RenderableType, width: int = 140) -> str:
+    """A Rich renderable as plain text, at most `width` columns wide."""
+    text = StringIO()
+    Console(file=text, width=width, color_system=None).print(what)
+    return text.getvalue().rstrip("\n")
+
+
+def amount(number: float) -> str:
+    """A count in short form: 1,234 as `1.23 k`, 4089184256 as `4.09 G`."""
+    for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= factor:
+            return f"{number / factor:.2f} {prefix}"
+    return f"{number:g}"
+
+
+def site_table(sites: Iterable[Site]) -> Table:
+    """One row a site: what it is and what stands around it."""
+    table = Table(title="Sites", title_justify="left")
+    for column in ("site", "kind", "geometry", "input", "stage", "calls"):
+        table.add_column(column, justify="right" if column in ("stage", "calls") else "left")
+    table.add_column("MACs", justify="right")
+    table.add_column("notes")
+    for site in sites:
+        around = site.neighbours
+        notes = [
+            "stem" if site.stem else "",
+            "output" if site.output else "",
+            site.blocked or "",
+            "between pointwise" if site.bottleneck else "",
+            f"before {around.pointwise_after}"
+            if around.pointwise_after and not site.bottleneck
+            else "",
+        ]
+        table.add_row(
+            site.name,
+            site.kind,
+            str(site.geometry),
+            "x".join(map(str, site.input_shape[-3:])),
+            str(site.stage),
+            str(site.calls),
+            amount(site.macs),
+            "; ".join(note for note in notes if note),
+        )
+    return table
+
+
+def plan_table(plan: Plan) -> Table:
+    """One row a site: what it becomes, why, and what that saves."""
+    table = Table(
+        title=f"Plan of policy {plan.policy}: {len(plan.replaced)} of {len(plan)} sites change",
+        title_justify="left",
+        show_footer=True,
+    )
+    parameters = sum(d.parameters_saved for d in plan)
+    macs = sum(d.macs_saved for d in plan)
+    table.add_column("site", "total", overflow="fold")
+    table.add_column("kind")
+    table.add_column("geometry")
+    table.add_column("becomes")
+    table.add_column("params saved", amount(parameters), justify="right")
+    table.add_column("MACs saved", amount(macs), justify="right")
+    table.add_column("reason", overflow="fold")
+    for d in plan:
+        dropped = " (tail dropped)" if d.tail == "drop" and d.replaced else ""
+        table.add_row(
+            d.site.name,
+            d.site.kind,
+            str(d.site.geometry),
+            f"{d.label}{dropped}",
+            amount(d.parameters_saved) if d.replaced else "-",
+            amount(d.macs_saved) if d.replaced else "-",
+            d.reason,
+            style=None if d.replaced else "dim",
+        )
+    return table
+
+
+def step_table(steps: Iterable[Step]) -> Table:
+    """One row a step of the main job: accuracy after it, and what it took."""
+    table = Table(title="Accuracy after each step", title_justify="left")
+    table.add_column("step")
+    for column in ("top-1", "of the original", "loss", "seconds"):
+        table.add_column(column, justify="right")
+    steps = tuple(steps)
+    for step in steps:
+        difference = step.accuracy.top1 - steps[0].accuracy.top1
+        table.add_row(
+            step.name,
+            f"{step.accuracy.top1:.2f} %",
+            "" if step is steps[0] else f"{difference:+.2f} points",
+            f"{step.accuracy.loss:.3f}",
+            "" if step is steps[0] else f"{step.seconds:.1f}",
+        )
+    return table
