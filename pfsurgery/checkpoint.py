@@ -47,6 +47,7 @@ def save(model: nn.Module, directory: str | Path, *, base: Base | None = None) -
         "format": _FORMAT,
         "base": base.to_dict() if base else None,
         "record": done.to_dict(),
+        "images": _image_config(model),
         "versions": _versions(),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
@@ -101,6 +102,9 @@ def load(
         apply_plan(model, plan.replaced)
         remember(model, plan)
     _load_state(model, state, directory / WEIGHTS)
+    if content.get("images") and isinstance(getattr(model, "pretrained_cfg", None), dict):
+        images = {k: tuple(v) if isinstance(v, list) else v for k, v in content["images"].items()}
+        model.pretrained_cfg = {**model.pretrained_cfg, **images}  # type: ignore[dict-item,assignment]
     return model.eval().to(device)
 
 
@@ -129,6 +133,13 @@ def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         seen.add(tensor.untyped_storage().data_ptr())
         unshared[key] = tensor.clone() if shared else tensor
     return unshared
+
+
+def _image_config(model: nn.Module) -> dict[str, Any]:
+    """What images the model expects, as timm's configuration on it states."""
+    config = getattr(model, "pretrained_cfg", None)
+    keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+    return {key: config[key] for key in keys if key in config} if isinstance(config, dict) else {}
 
 
 def _versions() -> dict[str, str]:
@@ -175,9 +186,10 @@ def _read_weights(directory: Path, content: Mapping[str, Any]) -> dict[str, Tens
     if hashlib.sha256(data).hexdigest() != content.get("weights_sha256"):
         raise RecordMismatchError(f"{path} is truncated, or was changed after it was saved.")
     try:
-        return from_bytes(data)
+        state: dict[str, Tensor] = from_bytes(data)
     except (SafetensorError, ValueError) as error:
         raise RecordMismatchError(f"{path} is not a safetensors file: {error}.") from None
+    return state
 
 
 def _base_model(

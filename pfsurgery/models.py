@@ -34,7 +34,7 @@ def open_model(
 
     Raises:
         UnknownNameError: The library has no such model; the message lists the closest names.
-        RecordMismatchError: The directory or checkpoint does not fit; the message names file or key.
+        RecordMismatchError: The directory or checkpoint does not fit; the message names it.
         SurgeryError: The hub cannot be reached.
     """
     if (Path(name) / CONFIG).is_file() or Path(name).is_dir():

@@ -168,7 +168,7 @@ def _pointwise_after(node: fx.Node, channels: int, seen: GraphView) -> str | Non
     while (user := _next(node)) is not None:
         pointwise = _pointwise(user, seen)
         if pointwise is not None:
-            return pointwise if _reads(seen.modules[pointwise]) == channels else None
+            return str(user.target) if _reads(pointwise) == channels else None
         gate = user.target in _PRODUCTS
         if not (gate or _passes(user, seen)):
             return None
@@ -179,9 +179,10 @@ def _pointwise_after(node: fx.Node, channels: int, seen: GraphView) -> str | Non
 def _pointwise_before(node: fx.Node, seen: GraphView) -> str | None:
     while len(node.args) == 1 and isinstance(node.args[0], fx.Node):
         node = node.args[0]
-        pointwise = _pointwise(node, seen)
-        if pointwise is not None or not _passes(node, seen):
-            return pointwise
+        if _pointwise(node, seen) is not None:
+            return str(node.target)
+        if not _passes(node, seen):
+            return None
     return None
 
 
@@ -208,21 +209,19 @@ def _branch(node: fx.Node) -> str | None:
     return None
 
 
-def _pointwise(node: fx.Node, seen: GraphView) -> str | None:
-    if node.op != "call_module":
-        return None
-    path = str(node.target)
-    module = seen.modules[path]
+def _pointwise(node: fx.Node, seen: GraphView) -> nn.Conv2d | nn.Linear | None:
+    """The module that `node` calls, if it is a linear layer or an ungrouped 1x1 convolution."""
+    module = seen.modules[str(node.target)] if node.op == "call_module" else None
     if isinstance(module, nn.Linear):
-        return path
-    if isinstance(module, nn.Conv2d):
+        return module
+    if isinstance(module, nn.Conv2d) and module.groups == 1:
         one = tuple(module.kernel_size) == (1, 1) and tuple(module.stride) == (1, 1)
-        return path if one and module.groups == 1 else None
+        return module if one else None
     return None
 
 
-def _reads(pointwise: nn.Module) -> int:
-    return int(getattr(pointwise, "in_channels", None) or getattr(pointwise, "in_features", 0))
+def _reads(pointwise: nn.Conv2d | nn.Linear) -> int:
+    return pointwise.in_channels if isinstance(pointwise, nn.Conv2d) else pointwise.in_features
 
 
 def _owner(node: fx.Node) -> str:

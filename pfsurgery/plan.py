@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pfsurgery.errors import PolicyError, UnsupportedSiteError
 from pfsurgery.ops import get_op
-from pfsurgery.policy import KEEP, Policy, FunctionPolicy, Rule, Tail
+from pfsurgery.policy import KEEP, FunctionPolicy, Policy, Rule, Tail
 from pfsurgery.select import Patterns, Where, check_patterns, matches
 from pfsurgery.sites import Site
 

@@ -159,10 +159,12 @@ class FunctionPolicy:
     Attributes:
         name: What the plan calls it.
         function: The function.
+        summary: One line for listings.
     """
 
     name: str
     function: SiteFunction
+    summary: str = ""
 
     def decide(self, site: Site) -> Rule | None:
         """The function's answer as a rule."""

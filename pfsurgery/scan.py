@@ -16,11 +16,11 @@ from pfsurgery.neighbours import feeds_output, neighbours_of, reads_input
 from pfsurgery.sites import Geometry, Site, class_name, geometry_of, is_known_convolution
 
 _WRAPPERS = {
-    "DistributedDataParallel": "Convert the inner model, `model.module`, and wrap the result again.",
-    "DataParallel": "Convert the inner model, `model.module`, and wrap the result again.",
+    "DistributedDataParallel": "Convert the inner model, `model.module`, and wrap it again.",
+    "DataParallel": "Convert the inner model, `model.module`, and wrap it again.",
     "FullyShardedDataParallel": "Convert the model before it is sharded.",
     "FSDPModule": "Convert the model before it is sharded.",
-    "OptimizedModule": "Convert the inner model, `model._orig_mod`, and compile the result again.",
+    "OptimizedModule": "Convert the inner model, `model._orig_mod`, and compile it again.",
 }
 
 

@@ -241,8 +241,8 @@ def test_errors_name_what_was_meant():
         convert(model, "maxpool_dep", example=zoo.EXAMPLE)
     with pytest.raises(WrappedModelError):
         convert(torch.compile(model), "maxpool_all")
+    chosen = plan(model, "maxpool_all", example=zoo.EXAMPLE)
     with pytest.raises(PolicyError, match="carried out as it stands"):
-        chosen = plan(model, "maxpool_all", example=zoo.EXAMPLE)
         convert(model, chosen, example=zoo.EXAMPLE, exclude="dense.0")
     with pytest.raises(SurgeryError, match="mixing"):
         plan(model, "maxpool_all", example=zoo.EXAMPLE, mixing="sometimes")

@@ -9,16 +9,14 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from pfsurgery.cli import (
-    compare,
-    convert,
-    demo,
-    evaluate,
-    finetune,
-    listing,
-    plan,
-    scan,
-)
+from pfsurgery.cli.compare import compare
+from pfsurgery.cli.convert import convert
+from pfsurgery.cli.demo import demo
+from pfsurgery.cli.evaluate import evaluate
+from pfsurgery.cli.finetune import finetune
+from pfsurgery.cli.listing import ops, policies
+from pfsurgery.cli.plan import plan
+from pfsurgery.cli.scan import scan
 from pfsurgery.errors import CountWarning, NoEffectWarning, SurgeryError
 
 app = typer.Typer(
@@ -28,18 +26,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make trained vision models faster with parameter-free layers.",
 )
-for command in (
-    demo.demo,
-    finetune.finetune,
-    scan.scan,
-    plan.plan,
-    convert.convert,
-    compare.compare,
-    listing.ops,
-    listing.policies,
-):
+for command in (demo, finetune, scan, plan, convert, compare, ops, policies):
     app.command()(command)
-app.command("eval")(evaluate.evaluate)
+app.command("eval")(evaluate)
 
 
 def main() -> None:

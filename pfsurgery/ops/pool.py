@@ -40,10 +40,10 @@ class MaxPool(nn.Module):
 class AvgPool(nn.Module):
     """Mean over a window: (N, C, H, W) to (N, C, H', W'), sizes as a convolution gives them.
 
-    Borders: padded zeros are left out of the mean, so a constant input stays constant; with reflect,
-    replicate or circular padding the padded pixels count. Additions per output: kernel area - 1.
-    Equal to a depthwise convolution with the constant filter 1 / area inside the borders. No
-    parameters, no MACs.
+    Borders: padded zeros are left out of the mean, so a constant input stays constant; with
+    reflect, replicate or circular padding the padded pixels count. Additions per output: kernel
+    area - 1. Equal to a depthwise convolution with the constant filter 1 / area inside the
+    borders. No parameters, no MACs.
     """
 
     def __init__(self, window: Window) -> None:

@@ -33,7 +33,7 @@ class Shift(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Each group at its place."""
         padded = self.window.pad(x)
-        groups = padded.split([size for _, size in self.taps], dim=-3)
+        groups = torch.split(padded, [size for _, size in self.taps], dim=-3)
         moved = [
             self.window.tap(group, tap) for group, (tap, _) in zip(groups, self.taps, strict=True)
         ]

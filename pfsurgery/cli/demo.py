@@ -1,0 +1,33 @@
+"""`pfsurgery demo`: the main job on an embedded data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pfsurgery import demo as demo_job
+from pfsurgery.cli import options, show
+from pfsurgery.job import writable
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for model, report and log.")] = Path(
+        "pfsurgery-demo"
+    ),
+    policy: Annotated[
+        str, typer.Option("--policy", "-p", help="Name of a policy.")
+    ] = "maxpool_all",
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    json: options.Json = False,
+) -> None:
+    """Train a small network on handwritten digits, convert it, and win its accuracy back.
+
+    Needs no network and no data: scikit-learn's digits are embedded.
+
+    Example: pfsurgery demo --policy shift_all
+    """
+    writable(out)
+    report = demo_job.run(out, policy=policy, seed=seed, tell=show.silent if json else show.line)
+    show.report(report, out, json)

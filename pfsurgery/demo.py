@@ -1,0 +1,85 @@
+"""The main job on embedded data: handwritten digits and a small network trained on the spot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pfsurgery.base import Base, set_base
+from pfsurgery.convert import plan
+from pfsurgery.data import ImageSet, digits
+from pfsurgery.job import Report, Tell, run_job
+from pfsurgery.policy import PolicyLike
+from pfsurgery.recover import FinetuneConfig, finetune
+
+# A residual network of eight bottlenecks, narrow enough to be trained in half a minute.
+NETWORK = Base(
+    "timm",
+    "resnet26d",
+    {"num_classes": 10, "channels": [16, 32, 64, 128], "layers": [2, 3, 2, 1]},
+)
+TRAINING = {"epochs": 8, "lr": 3e-3, "weight_decay": 0.05, "label_smoothing": 0.1}
+RECOVERY = {"epochs": 6, "lr": 2e-3}
+
+
+def run(
+    out: str | Path,
+    *,
+    policy: PolicyLike = "maxpool_all",
+    seed: int = 0,
+    tell: Tell = lambda line: None,
+) -> Report:
+    """Train the demo's network on digits, convert it by `policy`, recover it, write the report.
+
+    Args:
+        out: Folder for model, report and log.
+        policy: What the sites become.
+        seed: Of weights and of the order of images.
+        tell: Called with a line of text as each step begins.
+
+    Raises:
+        DataError: scikit-learn is not installed.
+        SurgeryError: A step fails; the message says what to do.
+    """
+    data = digits()
+    with _one_thread():
+        tell(f"training a {NETWORK.name} on {len(data.train)} digits as the original")
+        original = _network(data, seed)
+        training = FinetuneConfig(seed=seed, **TRAINING)  # type: ignore[arg-type]
+        finetune(original, train=data.train, config=training)
+        size = data.input_size
+        chosen = plan(original, policy, example=torch.zeros(1, *size))
+        recovery = FinetuneConfig(seed=seed, **RECOVERY)  # type: ignore[arg-type]
+        _, report = run_job(
+            original, chosen, train=data.train, val=data.val, out=out, config=recovery, tell=tell
+        )
+    return report
+
+
+def _network(data: ImageSet, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = NETWORK.build()
+    set_base(model, NETWORK)
+    model.pretrained_cfg = {  # type: ignore[assignment]
+        **model.pretrained_cfg,  # type: ignore[dict-item]
+        "input_size": data.input_size,
+        "mean": data.mean,
+        "std": data.std,
+    }
+    return model
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """A network this small gains nothing from threads, and loses much where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

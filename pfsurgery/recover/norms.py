@@ -1,0 +1,129 @@
+"""Norm statistics, re-estimated from forward passes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pfsurgery.batches import Images, unlabelled_images
+from pfsurgery.errors import DataError, TrainingError
+from pfsurgery.recover.state import keep_random_state, keep_train_flags, placement
+
+
+@dataclass
+class _Pool:
+    """Mean and variance of all values of a channel so far, merged batch by batch in float64."""
+
+    count: int = 0
+    mean: Tensor | float = 0.0
+    squares: Tensor | float = 0.0
+
+    def add(self, x: Tensor) -> None:
+        count = x.numel() // x.shape[1]
+        axes = [axis for axis in range(x.dim()) if axis != 1]
+        variance, mean = torch.var_mean(x.detach().float(), dim=axes, correction=0)
+        variance, mean = variance.cpu().double(), mean.cpu().double()
+        total = self.count + count
+        delta = mean - self.mean
+        self.mean = self.mean + delta * (count / total)
+        self.squares = self.squares + variance * count + delta**2 * (self.count * count / total)
+        self.count = total
+
+
+def recalibrate(model: nn.Module, batches: Images | Tensor | str | Path) -> int:
+    """Re-estimate the running mean and variance of every batch norm, in place.
+
+    After an operation was swapped, activations have other statistics than the ones that the norms
+    recorded in training; this is often most of the loss of accuracy, and needs no gradient.
+
+    Every batch passes through the model once, while batch norms normalise by the batch as they do
+    in training and all else (dropout, stochastic depth) is in eval mode. The new statistics are
+    exact over all batches: the mean of all values of a channel, and their unbiased variance, as
+    pooled from the count, mean and variance of each batch (Chan's formula, float64), so that no
+    momentum is involved and a smaller last batch weighs less. Larger batches give better
+    statistics in deep layers; 10 to 20 batches of 64 images usually suffice.
+
+    Train flags, momentum and `num_batches_tracked` are left as found, and so are the global random
+    states. Should anything fail, all statistics are what they were.
+
+    Args:
+        model: The model; images are moved to its device and dtype.
+        batches: Images of shape (N, C, H, W), normalised as the model expects: an iterable of
+            tensors or of (images, labels), a `DataLoader` or `Dataset`, one tensor, or a path or
+            name that `pfsurgery.data.open_data` understands. Labels are not used.
+
+    Returns:
+        How many norms were re-estimated; 0 if the model has no batch norm with running statistics
+        (then no image is read).
+
+    Raises:
+        DataError: There is no batch, or a batch is no image tensor.
+        TrainingError: The statistics of a norm are not finite; the message names it.
+    """
+    norms = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    }
+    if not norms:
+        return 0
+    pools = {module: _Pool() for module in norms.values()}
+    found = {module: (module.momentum, _statistics(module)) for module in norms.values()}
+
+    def collect(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        pools[module].add(inputs[0])  # type: ignore[index]
+
+    handles = [module.register_forward_pre_hook(collect) for module in norms.values()]
+    try:
+        with keep_random_state(), keep_train_flags(model), torch.no_grad():
+            _run(model, list(norms.values()), batches)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, (momentum, statistics) in found.items():
+            module.momentum = momentum
+            for tensor, before in zip(_buffers(module), statistics, strict=True):
+                tensor.copy_(before)
+
+    reached = {name: pools[module] for name, module in norms.items() if pools[module].count > 1}
+    for name, pool in reached.items():
+        total = torch.as_tensor(pool.mean) + torch.as_tensor(pool.squares)
+        if not bool(torch.isfinite(total).all()):
+            raise TrainingError(
+                f"The inputs of the norm {name!r} are not finite, so its statistics cannot be "
+                f"re-estimated; the model is unchanged. Check that the images are normalised and "
+                f"that no weight is NaN."
+            )
+    for name, pool in reached.items():
+        mean, variance = _buffers(norms[name])[:2]
+        mean.copy_(torch.as_tensor(pool.mean))
+        variance.copy_(torch.as_tensor(pool.squares) / (pool.count - 1))
+    return len(reached)
+
+
+def _run(model: nn.Module, norms: list[_BatchNorm], batches: Images | Tensor | str | Path) -> None:
+    model.eval()
+    for norm in norms:
+        norm.training = True  # not .train(): timm's norms hold dropout and activation inside
+        norm.momentum = 0.0
+    device, dtype = placement(model)
+    count = 0
+    for images in unlabelled_images(batches, model):
+        model(images.to(device=device, dtype=dtype))
+        count += 1
+    if not count:
+        raise DataError("There is no batch to re-estimate norm statistics from; give at least one.")
+
+
+def _buffers(norm: _BatchNorm) -> list[Tensor]:
+    buffers = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+    return [buffer for buffer in buffers if buffer is not None]
+
+
+def _statistics(norm: _BatchNorm) -> list[Tensor]:
+    return [buffer.clone() for buffer in _buffers(norm)]

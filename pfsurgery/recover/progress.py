@@ -1,0 +1,65 @@
+"""What a person sees of a training run, and what is written down about it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pfsurgery.errors import TrainingError
+
+Show = Callable[[int, str], None]
+Write = Callable[[dict[str, Any]], None]
+
+
+@contextmanager
+def progress_bar(total: int, shown: bool | None) -> Iterator[Show]:
+    """A bar on the standard error with the time left; yields `show(step, text)`.
+
+    Args:
+        total: Number of steps.
+        shown: Whether to draw it; None means only where a terminal is attached.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    visible = console.is_terminal if shown is None else shown
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console, disable=not visible) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda step, text: progress.update(task, completed=step, description=text)
+
+
+def json_lines(path: Path | None) -> Write:
+    """A function that appends a record as one JSON line to the file `path`, or does nothing.
+
+    Raises:
+        TrainingError: (the returned function) The line cannot be written.
+    """
+
+    def write(record: dict[str, Any]) -> None:
+        if path is None:
+            return
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise TrainingError(f"Could not write to the log {path}: {error}.") from error
+
+    return write

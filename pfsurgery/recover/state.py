@@ -1,0 +1,116 @@
+"""What a pass over a model must leave as it was: random states, train flags, weights."""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pfsurgery.errors import TrainingError
+
+
+@contextmanager
+def keep_random_state() -> Iterator[None]:
+    """Put the global random states of Python, NumPy and torch (CPU and CUDA) back at the end."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def keep_train_flags(*models: nn.Module) -> Iterator[None]:
+    """Put the `training` flag of every module back at the end."""
+    flags = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and floating dtype of the first parameter (or buffer); CPU and float32 without any."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            return tensor.device, tensor.dtype
+    return torch.device("cpu"), torch.float32
+
+
+def copy_weights(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the state dict on the CPU, each tensor contiguous and with its own memory."""
+    return {
+        name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, value in model.state_dict().items()
+        if isinstance(value, Tensor)
+    }
+
+
+def restore_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Copy `weights`, made by `copy_weights`, back into the tensors of `model`."""
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if name in weights:
+                value.copy_(weights[name])
+
+
+def non_finite(weights: dict[str, Tensor]) -> str | None:
+    """Name of the first tensor that holds a NaN or an infinity."""
+    for name, value in weights.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            return name
+    return None
+
+
+def write_weights(weights: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file such that `path` is at all times the old or the new one, whole.
+
+    Raises:
+        TrainingError: The file could not be written; what stood at `path` before is intact.
+    """
+    from safetensors.torch import save
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(save(weights))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise TrainingError(
+            f"Could not write the weights to {path}: {error}. Weights written there earlier are "
+            f"intact. Free some space or choose another output folder."
+        ) from error
+
+
+def writable_folder(path: str | Path) -> Path:
+    """Create the folder `path` if needed, and make sure that files can be written into it.
+
+    Raises:
+        TrainingError: It cannot be created or written to.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise TrainingError(
+            f"The output folder {folder} cannot be written to: {error}. Choose another folder."
+        ) from error
+    return folder

@@ -1,0 +1,230 @@
+"""The command line as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from pfsurgery import demo, load
+from pfsurgery.cli import main
+
+COMMANDS = (*("demo", "finetune", "scan", "plan", "convert", "compare", "eval", "ops", "policies"),)
+SMALL = ("--model", "test_resnet", "--num-classes", "10")
+DIGITS_MODEL = (*SMALL, "--no-pretrained", "--data", "digits")
+
+
+class Result:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+def width_of(figure: Path) -> int:
+    with Image.open(figure) as image:
+        return image.width
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    def run(*args: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["pfsurgery", *map(str, args)])
+        monkeypatch.setenv("COLUMNS", "200")
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Two classes of small images, for training and validation."""
+    generator = np.random.default_rng(0)
+    for part, number in (("train", 8), ("val", 4)):
+        for name in ("cat", "dog"):
+            where = tmp_path / "images" / part / name
+            where.mkdir(parents=True)
+            for i in range(number):
+                pixels = generator.integers(0, 255, (40, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(where / f"{i}.png")
+    return tmp_path / "images"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_with_an_example(cli, command):
+    result = cli(command, "--help")
+    assert result.code == 0
+    assert "Example: pfsurgery" in " ".join(result.out.split())
+
+
+def test_listings(cli):
+    assert "max_pool" in cli("ops").out
+    assert "eff_hybrid" in json.loads(cli("policies", "--json").out)
+
+
+def test_scan_and_plan(cli, tmp_path):
+    sites = json.loads(cli("scan", *SMALL, "--json").out)
+    assert "layer1.0.conv1" in [site["name"] for site in sites]
+    out = tmp_path / "plan.json"
+    result = cli("plan", *SMALL, "-p", "maxpool_all", "--exclude", "layer1.*", "--out", out)
+    assert result.code == 0
+    assert "excluded" in result.out
+    again = cli("plan", *SMALL, "-p", out, "--json")
+    assert json.loads(again.out) == json.loads(out.read_text())
+
+
+def test_convert_then_compare(cli, tmp_path):
+    out = tmp_path / "fast"
+    result = cli("convert", *SMALL, "--no-pretrained", "-p", "maxpool_all", "--out", out)
+    assert result.code == 0
+    assert load(out)(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
+    figure = tmp_path / "figure.png"
+    result = cli(
+        *("compare", *SMALL, "--after", out, "--size", 64, "--repeats", 3, "--figure", figure),
+        "--json",
+    )
+    assert json.loads(result.out)["ratios"]["macs"] < 1
+    assert width_of(figure) > 400
+
+
+def test_weights_come_from_a_local_checkpoint(cli, tmp_path):
+    torch.manual_seed(5)
+    model = timm.create_model("test_resnet", num_classes=10).eval()
+    weights = tmp_path / "weights.safetensors"
+    save_file(model.state_dict(), weights)
+    out = tmp_path / "fast"
+    cli("convert", *SMALL, "--checkpoint", weights, "-p", "shift_all", "--out", out)
+    assert torch.equal(load(out).fc.weight, model.fc.weight)
+
+
+def test_the_main_job(cli, tmp_path, folder):
+    out = tmp_path / "run"
+    result = cli(
+        *("finetune", "--model", "test_resnet", "--num-classes", 2, "--no-pretrained"),
+        *("--policy", "maxpool_deep", "--data", folder, "--out", out, "--epochs", 1),
+        *("--batch-size", 4, "--workers", 0, "--model-kwarg", "drop_rate=0.1"),
+    )
+    assert result.code == 0, result.err
+    assert "pfsurgery.load" in result.out
+    report = json.loads((out / "report.json").read_text())
+    names = [step["name"] for step in report["steps"]]
+    assert names == ["original", "after surgery", "norms re-estimated", "fine-tuned"]
+    assert report["comparison"]["ratios"]["parameters"] < 1
+    assert report["steps"][-1]["accuracy"]["images"] == 8
+    assert [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert "maxpool_deep" in (out / "report.md").read_text()
+    assert width_of(out / "comparison.png") > 400
+    again = cli("eval", "--model", out / "model", "--data", folder, "--json")
+    assert json.loads(again.out)["top1"] == report["steps"][-1]["accuracy"]["top1"]
+
+
+def test_the_demo(cli, tmp_path, monkeypatch):
+    monkeypatch.setitem(demo.TRAINING, "epochs", 1)
+    monkeypatch.setitem(demo.RECOVERY, "epochs", 1)
+    result = cli("demo", "--out", tmp_path / "demo", "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["comparison"]["ratios"]["macs"] < 0.5
+    assert load(tmp_path / "demo" / "model").pretrained_cfg["input_size"] == (3, 32, 32)
+
+
+BAD = {
+    "unknown model": (("scan", "--model", "resnet5O"), "resnet50"),
+    "unknown torchvision model": (("scan", "--model", "torchvision/resnet5O"), "resnet50"),
+    "unknown policy": (("plan", *SMALL, "-p", "maxpool_dep"), "maxpool_deep"),
+    "unreadable plan": (("plan", *SMALL, "-p", "none.json"), "none.json"),
+    "unknown optimizer": (
+        ("finetune", *DIGITS_MODEL, "-p", "maxpool_all", "--out", "OUT", "--optimizer", "adam2"),
+        "adam",
+    ),
+    "pattern without a match": (
+        ("plan", *SMALL, "-p", "maxpool_all", "--exclude", "layer9.*"),
+        "matches no site",
+    ),
+    "model without sites": (
+        ("scan", "--model", "naflexvit_base_patch16_gap"),
+        "nothing to convert",
+    ),
+    "size too small": (("scan", "--model", "vgg11", "--size", "8"), "example of shape"),
+    "missing checkpoint": (
+        ("convert", *SMALL, "--checkpoint", "none.pth", "-p", "shift_all", "--out", "OUT"),
+        "none.pth",
+    ),
+    "missing data": (("eval", *SMALL, "--no-pretrained", "--data", "none/"), "none"),
+    "wrong number of classes": (
+        ("eval", "--model", "test_resnet", "--no-pretrained", "--data", "digits"),
+        "1000",
+    ),
+    "impossible rate": (
+        ("finetune", *DIGITS_MODEL, "-p", "maxpool_all", "--out", "OUT", "--lr", "-1"),
+        "lr",
+    ),
+    "output is a file": (
+        ("finetune", *DIGITS_MODEL, "-p", "maxpool_all", "--out", "FILE"),
+        "cannot be written",
+    ),
+    "not a saved directory": (("scan", "--model", "EMPTY"), "config.json"),
+    "hub out of reach": (
+        ("convert", "--model", "resnet18", "-p", "shift_all", "--out", "OUT"),
+        "--checkpoint",
+    ),
+    "diverging": (
+        (
+            *("finetune", *DIGITS_MODEL, "-p", "shift_all", "--out", "OUT", "--lr", "1e12"),
+            *("--optimizer", "sgd", "--max-steps", "12"),
+        ),
+        "learning rate",
+    ),
+    "both after and policy": (("compare", *SMALL), "--after"),
+    "kwarg without value": (("scan", *SMALL, "--model-kwarg", "x"), "key=value"),
+    "kwarg that the model refuses": (("scan", *SMALL, "--model-kwarg", "wings=2"), "wings"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_bad_input_ends_in_one_message_and_exit_code_2(cli, case, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    places = {
+        "OUT": tmp_path / "out",
+        "FILE": tmp_path / "file",
+        "EMPTY": tmp_path / "empty",
+    }
+    args, expected = BAD[case]
+    result = cli(*(places.get(str(arg), arg) for arg in args))
+    assert result.code == 2
+    assert "Traceback" not in result.err + result.out
+    assert expected in result.err
+
+
+def test_corrupt_images_are_counted_or_named(cli, folder, tmp_path):
+    args = (
+        *("eval", "--model", "test_resnet", "--num-classes", 2, "--no-pretrained"),
+        *("--data", folder, "--json"),
+    )
+    (folder / "val" / "cat" / "0.png").write_bytes(b"not an image")
+    assert json.loads(cli(*args).out)["images"] == 7
+    for i in range(4):
+        (folder / "val" / "cat" / f"{i}.png").write_bytes(b"not an image")
+    result = cli(*args)
+    assert result.code == 2
+    assert ".png" in result.err
+
+
+def test_importing_pfsurgery_imports_nothing_heavy():
+    heavy = ("timm", "torchvision", "fvcore", "accelerate", "matplotlib", "sklearn", "numba")
+    code = f"import sys, pfsurgery; print([m for m in {heavy!r} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

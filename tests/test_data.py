@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import io
+import logging
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from pfsurgery.batches import open_images, skipped_images, unlabelled_images
+from pfsurgery.data import digits, open_data
+from pfsurgery.errors import DataError
+from pfsurgery.recover import evaluate
+
+CONFIG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
+
+
+def jpeg(shade: int) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (40, 36), (shade, shade, shade)).save(stream, format="JPEG")
+    return stream.getvalue()
+
+
+def fill(folder: Path, classes: int = 2, images: int = 12) -> Path:
+    """Class folders c0, c1, ... of grey images; the shade is 100 times the class index."""
+    for label in range(classes):
+        (folder / f"c{label}").mkdir(parents=True)
+        for index in range(images):
+            (folder / f"c{label}" / f"{index:03}.jpg").write_bytes(jpeg(100 * label))
+    return folder
+
+
+def tar(folder: Path, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        archive.add(folder, arcname=".")
+    return path
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return timm.create_model("test_resnet", num_classes=2).eval()
+
+
+def test_digits_split_is_fixed_stratified_and_disjoint():
+    data, again = digits(), digits()
+    assert len(data.train) + len(data.val) == 1797
+    assert data.num_classes == 10
+    images, labels = data.val.tensors
+    assert images.shape[1:] == data.input_size == (3, 32, 32)
+    assert torch.equal(images, again.val.tensors[0])
+    assert torch.bincount(labels).min() >= 43
+    train_images = data.train.tensors[0]
+    assert abs(float(train_images.mean())) < 1e-3
+    assert abs(float(train_images.std()) - 1) < 1e-3
+
+
+def test_digits_without_scikit_learn_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(DataError, match=r'pip install "pfsurgery\[demo\]"'):
+        digits()
+
+
+@pytest.mark.parametrize("val_name", ["val", "validation", "test"])
+def test_folders_with_parts(tmp_path, model, val_name):
+    fill(tmp_path / "train", images=10)
+    fill(tmp_path / val_name, images=3)
+    data = open_data(tmp_path, {**CONFIG, "num_classes": 2}, batch_size=4, workers=0)
+    assert data.classes == ("c0", "c1")
+    batches = list(data.train)
+    assert [len(labels) for _, labels in batches] == [4] * 5
+    assert batches[0][0].shape == (4, 3, 32, 32)
+    images = torch.cat([images for images, _ in data.val])
+    labels = torch.cat([labels for _, labels in data.val])
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1]
+    expected = (labels * 100 / 255 - 0.5) / 0.5
+    assert torch.allclose(images.mean(dim=(1, 2, 3)), expected, atol=0.02)
+
+
+def test_size_and_normalisation_come_from_the_model(tmp_path, model):
+    fill(tmp_path, images=10)
+    data = open_data(tmp_path, model, workers=0)
+    assert data.input_size == model.pretrained_cfg["input_size"]
+    mean, std = model.pretrained_cfg["mean"][0], model.pretrained_cfg["std"][0]
+    black = next(iter(data.val))[0][0, 0]
+    assert torch.allclose(black, torch.full_like(black, -mean / std), atol=0.02)
+
+
+def test_one_folder_is_split_by_class(tmp_path):
+    fill(tmp_path, images=20)
+    data = open_data(tmp_path, CONFIG, batch_size=4, workers=0)
+    train, val = data.train.dataset, data.val.dataset
+    assert (len(train), len(val)) == (36, 4)
+    assert not set(train.indices) & set(val.indices)
+    assert sorted(val.labels) == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_tars(tmp_path, workers):
+    tar(fill(tmp_path / "a", images=8), tmp_path / "data" / "train.tar")
+    tar(fill(tmp_path / "b", images=6), tmp_path / "data" / "val.tar")
+    data = open_data(tmp_path / "data", CONFIG, batch_size=3, workers=workers)
+    data.val.dataset[0]  # workers forked after a read in this process must not share its position
+    for _ in range(2):
+        images = torch.cat([images for images, _ in data.val])
+        labels = torch.cat([labels for _, labels in data.val])
+        assert torch.allclose(images.mean(dim=(1, 2, 3)), (labels * 100 / 255 - 0.5) * 2, atol=0.02)
+    assert len(list(data.train)) == 5
+
+
+def test_fewer_images_than_a_batch(tmp_path):
+    fill(tmp_path / "train", images=2)
+    fill(tmp_path / "val", images=2)
+    data = open_data(tmp_path, CONFIG, batch_size=64, workers=0)
+    assert [len(labels) for _, labels in data.train] == [4]
+
+
+def no_class_folders(path: Path) -> None:
+    path.mkdir()
+    (path / "loose.jpg").write_bytes(jpeg(0))
+
+
+def loose_image(path: Path) -> None:
+    fill(path)
+    (path / "loose.jpg").write_bytes(jpeg(0))
+
+
+def truncated_tar(path: Path) -> None:
+    tar(fill(path / "a"), path / "train.tar")
+    (path / "val.tar").write_bytes((path / "train.tar").read_bytes()[:100])
+
+
+def differing_parts(path: Path) -> None:
+    fill(path / "train", classes=3)
+    fill(path / "val", classes=2)
+
+
+def val_only(path: Path) -> None:
+    fill(path / "val")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "There is no"),
+        (lambda path: path.mkdir(), "holds no images"),
+        (lambda path: path.write_text("x"), "neither a folder nor a .tar file"),
+        (no_class_folders, "no class folders.*loose.jpg"),
+        (loose_image, "images outside of them.*loose.jpg"),
+        (truncated_tar, "val.tar cannot be read"),
+        (differing_parts, r"c2 \(training\)"),
+        (val_only, "no training part"),
+        (lambda path: fill(path, images=3), "too few to hold some out"),
+    ],
+)
+def test_what_cannot_be_opened(tmp_path, make: Callable[[Path], object], message):
+    make(tmp_path / "data")
+    with pytest.raises(DataError, match=message):
+        open_data(tmp_path / "data", CONFIG, workers=0)
+
+
+def test_class_count_must_fit(tmp_path, model):
+    fill(tmp_path, classes=3)
+    with pytest.raises(DataError, match=r"3 classes, but the model gives 2.*num_classes=3"):
+        open_data(tmp_path, model)
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(3 * 224 * 224, 5))
+    with pytest.raises(DataError, match="the model gives 5"):
+        evaluate(plain, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["hfds/nobody/nothing", "wds/nowhere", "torch/no_such_set"])
+def test_names_that_cannot_be_opened(name, tmp_path, capsys):
+    with pytest.raises(DataError, match=name):
+        open_data(name, CONFIG, root=tmp_path)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_corrupt_images_are_skipped_and_counted(tmp_path, workers):
+    fill(tmp_path / "train", images=10)
+    fill(tmp_path / "val", images=10)
+    (tmp_path / "val" / "c0" / "004.jpg").write_bytes(b"no image")
+    (tmp_path / "val" / "c1" / "002.jpg").write_bytes(jpeg(0)[:300])
+    data = open_data(tmp_path, CONFIG, workers=workers)
+    labels = torch.cat([labels for _, labels in data.val])
+    assert labels.tolist().count(-1) == 2
+    assert [Path(name).name for name in skipped_images(data.val)] == ["004.jpg", "002.jpg"]
+
+
+def test_evaluation_leaves_corrupt_images_out_and_says_so(tmp_path, model, caplog):
+    fill(tmp_path, images=10)
+    (tmp_path / "c1" / "000.jpg").write_bytes(b"no image")
+    with caplog.at_level(logging.WARNING, logger="pfsurgery"):
+        accuracy = evaluate(model, tmp_path)
+    assert accuracy.images == 19
+    assert "1 images could not be read" in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_corrupt_images(tmp_path, workers, model):
+    fill(tmp_path / "train", images=10)
+    fill(tmp_path / "val", images=10)
+    for index in range(4):
+        (tmp_path / "val" / "c0" / f"{index:03}.jpg").write_bytes(b"no image")
+    data = open_data(tmp_path, CONFIG, workers=workers)
+    with pytest.raises(DataError, match=r"^4 of 20 images in .*003\.jpg") as caught:
+        evaluate(model, data.val)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_unlabelled_images_from_everything(tmp_path, model):
+    images, labels = torch.randn(6, 3, 32, 32), torch.zeros(6, dtype=torch.int64)
+    dataset = TensorDataset(images, labels)
+    sources = [
+        images,
+        list(images.split(4)),
+        (batch for batch in images.split(4)),
+        [(images, labels)],
+        dataset,
+        DataLoader(dataset, batch_size=4),
+    ]
+    for source in sources:
+        assert torch.equal(torch.cat(list(unlabelled_images(source, model, batch_size=4))), images)
+    no_class_folders(tmp_path / "flat")
+    assert [len(batch) for batch in unlabelled_images(tmp_path / "flat", model)] == [1]
+
+
+def test_wrong_batches_are_explained(model):
+    with pytest.raises(DataError, match=r"not a tensor of shape \(3, 32, 32\)"):
+        list(unlabelled_images([torch.zeros(3, 32, 32)], model))
+    with pytest.raises(DataError, match="only once"):
+        open_images(iter([]), model, training=True)
+    with pytest.raises(DataError, match="not int"):
+        open_images(3, model, training=True)  # type: ignore[arg-type]
+
+
+def test_digits_by_name():
+    model = timm.create_model("test_resnet", num_classes=10)
+    data = open_data("digits", model)
+    assert sum(len(labels) for _, labels in data.val) == len(digits().val)
