@@ -9,7 +9,7 @@ from pfsurgery.ops import Op, Support, list_ops, register_op
 from pfsurgery.plan import Decision, Plan
 from pfsurgery.policy import Policy, Rule, get_policy, list_policies, register_policy
 from pfsurgery.record import Record, record
-from pfsurgery.recover import FinetuneConfig, evaluate, finetune, recalibrate
+from pfsurgery.recover import FinetuneConfig, budget, evaluate, finetune, recalibrate, reconstruct
 from pfsurgery.scan import scan
 from pfsurgery.sites import Geometry, Neighbours, Site, register_convolution
 
@@ -31,6 +31,7 @@ __all__ = [
     "Site",
     "Support",
     "SurgeryError",
+    "budget",
     "compare",
     "convert",
     "convert_",
@@ -43,6 +44,7 @@ __all__ = [
     "measure",
     "plan",
     "recalibrate",
+    "reconstruct",
     "record",
     "register_convolution",
     "register_op",

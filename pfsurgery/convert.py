@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
@@ -13,7 +14,7 @@ from pfsurgery.example import Example, example_inputs
 from pfsurgery.graph import view
 from pfsurgery.modularise import modularise
 from pfsurgery.plan import Mixing, Plan, make_plan
-from pfsurgery.policy import PolicyLike, get_policy
+from pfsurgery.policy import DataPolicy, PolicyLike, Tell, get_policy
 from pfsurgery.record import remember
 from pfsurgery.rewrite import apply_plan
 from pfsurgery.scan import refuse_wrapped, scan
@@ -63,19 +64,30 @@ def plan(
 
 def convert(
     model: Model,
-    policy: PolicyLike | Plan,
+    policy: PolicyLike | Plan | DataPolicy,
     *,
     example: Example | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
     where: Where | None = None,
     mixing: Mixing = "auto",
+    images: Any = None,
+    tell: Tell = lambda line: None,
 ) -> Model:
     """A converted copy of `model`, of the same class; the original is left as it is.
 
     Arguments and errors are those of `plan`; `policy` may also be a `Plan`, which is then carried
     out as it stands. Where nothing changes, a NoEffectWarning says so.
+
+    The policy `budget(...)` is fitted to `images`: a few hundred to a few thousand unlabelled ones,
+    as batches (N, C, H, W), a `DataLoader` (labels are ignored) or a path. `tell` is then called
+    with a line of text for each step.
     """
+    if isinstance(policy, DataPolicy):
+        marked = _marker(model, policy, example, include, exclude, where)
+        fitted, carried_out = policy.convert(model, marked, images, tell)
+        remember(fitted, carried_out)
+        return cast(Model, fitted)
     chosen = _as_plan(model, policy, example, include, exclude, where, mixing)
     _check(model, chosen, example)
     return _apply(copy.deepcopy(model), chosen)
@@ -83,18 +95,43 @@ def convert(
 
 def convert_(
     model: Model,
-    policy: PolicyLike | Plan,
+    policy: PolicyLike | Plan | DataPolicy,
     *,
     example: Example | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
     where: Where | None = None,
     mixing: Mixing = "auto",
+    images: Any = None,
+    tell: Tell = lambda line: None,
 ) -> Model:
     """Convert `model` itself and return it; see `convert`. If it fails, the model is unchanged."""
+    if isinstance(policy, DataPolicy):
+        marked = _marker(model, policy, example, include, exclude, where)
+        fitted, carried_out = policy.convert(model, marked, images, tell)
+        _apply(model, carried_out)
+        model.load_state_dict(fitted.state_dict())
+        return model
     chosen = _as_plan(model, policy, example, include, exclude, where, mixing)
     _check(model, chosen, example)
     return _apply(model, chosen)
+
+
+def _marker(
+    model: nn.Module,
+    policy: DataPolicy,
+    example: Example | None,
+    include: Patterns,
+    exclude: Patterns,
+    where: Where | None,
+) -> Callable[[Example], Plan]:
+    """A function from an image to a plan: which sites `policy` may fit, why others are kept."""
+
+    def mark(image: Example) -> Plan:
+        sites = scan(model, image if example is None else example)
+        return make_plan(sites, policy, include=include, exclude=exclude, where=where)
+
+    return mark
 
 
 def _as_plan(

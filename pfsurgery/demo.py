@@ -12,8 +12,8 @@ from torch import nn
 from pfsurgery.base import Base, set_base
 from pfsurgery.convert import plan
 from pfsurgery.data import ImageSet, digits
-from pfsurgery.job import Report, Tell, run_job
-from pfsurgery.policy import PolicyLike
+from pfsurgery.job import Report, run_job
+from pfsurgery.policy import DataPolicy, PolicyLike, Tell
 from pfsurgery.recover import FinetuneConfig, finetune
 
 # A residual network of eight bottlenecks, narrow enough to be trained in half a minute.
@@ -29,7 +29,7 @@ RECOVERY = {"epochs": 6, "lr": 2e-3}
 def run(
     out: str | Path,
     *,
-    policy: PolicyLike = "maxpool_all",
+    policy: PolicyLike | DataPolicy = "maxpool_all",
     seed: int = 0,
     tell: Tell = lambda line: None,
 ) -> Report:
@@ -51,8 +51,10 @@ def run(
         original = _network(data, seed)
         training = FinetuneConfig(seed=seed, **TRAINING)  # type: ignore[arg-type]
         finetune(original, train=data.train, config=training)
-        size = data.input_size
-        chosen = plan(original, policy, example=torch.zeros(1, *size))
+        example = torch.zeros(1, *data.input_size)
+        chosen = (
+            policy if isinstance(policy, DataPolicy) else plan(original, policy, example=example)
+        )
         recovery = FinetuneConfig(seed=seed, **RECOVERY)  # type: ignore[arg-type]
         _, report = run_job(
             original, chosen, train=data.train, val=data.val, out=out, config=recovery, tell=tell

@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,16 +17,24 @@ from pfsurgery.convert import convert
 from pfsurgery.errors import SurgeryError
 from pfsurgery.measure import Comparison, compare
 from pfsurgery.plan import Plan
+from pfsurgery.policy import DataPolicy, Tell
 from pfsurgery.record import record
-from pfsurgery.recover import Accuracy, FinetuneConfig, evaluate, finetune, recalibrate
+from pfsurgery.recover import (
+    Accuracy,
+    FinetuneConfig,
+    evaluate,
+    finetune,
+    recalibrate,
+    reconstruct,
+)
+from pfsurgery.recover.finetune import check_optimizer
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 MODEL_FOLDER = "model"
-_CALIBRATION_IMAGES = 2000
-
-Tell = Callable[[str], None]
+_CALIBRATION_IMAGES = 1000
+_MOST_BYTES = 400_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +102,7 @@ class Report:
 
 def run_job(
     original: nn.Module,
-    plan: Plan,
+    policy: Plan | DataPolicy,
     *,
     train: Any,
     val: Any,
@@ -103,16 +110,17 @@ def run_job(
     config: FinetuneConfig | None = None,
     tell: Tell = lambda line: None,
 ) -> tuple[nn.Module, Report]:
-    """Convert `original` by `plan`, recover it, and write model and report to `out`.
+    """Convert `original`, recover it, and write model and report to `out`.
 
-    Norm statistics are re-estimated on up to 2,000 training images, then the model is fine-tuned
-    with the original as its teacher; the best weights on `val` are kept. `out` receives `model/`
-    (see `save`), `report.md`, `report.json`, `plan.json`, `comparison.png`, the training log and
-    the best checkpoint.
+    Up to 1,000 training images, without their labels, serve to re-estimate norm statistics and to
+    refit layers in closed form (`reconstruct`; a budget is fitted to them from the start). Then the
+    model is fine-tuned with the original as its teacher; the best weights on `val` are kept. `out`
+    receives `model/` (see `save`), `report.md`, `report.json`, `plan.json`, `comparison.png`, the
+    training log and the best checkpoint.
 
     Args:
         original: The trained model; it is left as it was.
-        plan: What its sites become.
+        policy: What its sites become: a plan, or a budget that is fitted to images.
         train: Training images, as `finetune` takes them.
         val: Validation images with labels.
         out: Folder, made if it is missing.
@@ -126,9 +134,12 @@ def run_job(
         SurgeryError: `out` cannot be written, or a step fails; the message says what to do.
     """
     folder = writable(out)
+    config = config or FinetuneConfig()
+    check_optimizer(config)
     steps = []
 
     def step(name: str, work: Callable[[], Any], model: nn.Module) -> Any:
+        """Do one step; `work` returns the model where it makes a new one."""
         tell(name)
         started = time.perf_counter()
         result = work()
@@ -137,15 +148,39 @@ def run_job(
         return result
 
     step("original", lambda: original, original)
-    fast = step("after surgery", lambda: convert(original, plan), original)
-    step("norms re-estimated", lambda: _recalibrate(fast, train), fast)
+    fast, example = _surgery(original, policy, train, step, tell)
     step("fine-tuned", lambda: _finetune(fast, original, train, val, config, folder), fast)
     tell("measuring")
     fast.eval()
     original.eval()
-    report = Report(record(fast).plans[-1], tuple(steps), compare(original, fast))
+    report = Report(record(fast).plans[-1], tuple(steps), compare(original, fast, example))
     _write(folder, fast, report)
     return fast, report
+
+
+def _surgery(
+    original: nn.Module,
+    policy: Plan | DataPolicy,
+    train: Any,
+    step: Callable[[str, Callable[[], Any], nn.Module], Any],
+    tell: Tell,
+) -> tuple[nn.Module, Tensor]:
+    """Convert and recover as far as it goes without training; the model and one image."""
+    images = first_images(unlabelled_images(train, original), _CALIBRATION_IMAGES)
+    example = images[0][:1]
+    if not isinstance(policy, Plan):
+        fitted: nn.Module = step(
+            "fitted to a budget",
+            lambda: convert(original, policy, example=example, images=images, tell=tell),
+            original,
+        )
+        return fitted, example
+    fast: nn.Module = step(
+        "after surgery", lambda: convert(original, policy, example=example), original
+    )
+    step("norms re-estimated", lambda: _quietly(recalibrate, fast, images), fast)
+    step("refitted", lambda: _quietly(reconstruct, fast, original, images, tell=tell), fast)
+    return fast, example
 
 
 def writable(out: str | Path) -> Path:
@@ -161,16 +196,19 @@ def writable(out: str | Path) -> Path:
     return folder
 
 
-def _recalibrate(model: nn.Module, train: Any) -> None:
-    recalibrate(model, first_images(unlabelled_images(train, model), _CALIBRATION_IMAGES))
+def _quietly(work: Callable[..., object], *args: Any, **kwargs: Any) -> None:
+    """Run a step that changes the model in place, and forget what it returns."""
+    work(*args, **kwargs)
 
 
 def first_images(batches: Iterable[Tensor], images: int) -> list[Tensor]:
-    """The first batches that hold about so many images."""
+    """The first batches that hold about so many images, of 400 MB at the most."""
     kept: list[Tensor] = []
-    for batch in islice(batches, images):
+    size = 0
+    for batch in batches:
         kept.append(batch)
-        if sum(len(b) for b in kept) >= images:
+        size += batch.nbytes
+        if sum(len(b) for b in kept) >= images or size >= _MOST_BYTES:
             break
     return kept
 
@@ -180,7 +218,7 @@ def _finetune(
     teacher: nn.Module,
     train: Any,
     val: Any,
-    config: FinetuneConfig | None,
+    config: FinetuneConfig,
     folder: Path,
 ) -> None:
     from safetensors.torch import load_file

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
@@ -57,7 +58,7 @@ _CHANNELWISE_MODULES = (
 def neighbours_of(nodes: list[fx.Node], seen: GraphView, counts: dict[str, int]) -> Neighbours:
     """Neighbours of a module that `nodes` call; `counts` says how often each module is called."""
     around = [_around(node, seen) for node in nodes]
-    norm, activation, before, after, branch = (
+    norm, activation, before, after, branch, merge = (
         _agreed(values) for values in zip(*around, strict=True)
     )
     inside = f"{norm}."
@@ -80,8 +81,16 @@ def neighbours_of(nodes: list[fx.Node], seen: GraphView, counts: dict[str, int])
         branch=branch,
         tail=tail,
         tail_parameters=sum(p.numel() for name in tail for p in seen.modules[name].parameters()),
+        merge=merge if merge is None or counts[merge] == len(nodes) else None,
         private_input=private,
     )
+
+
+def neighbours_of_module(path: str, seen: GraphView) -> Neighbours:
+    """Neighbours of any leaf module, for instance a pointwise convolution."""
+    counts = Counter(str(node.target) for node in seen.graph.nodes if node.op == "call_module")
+    nodes = [n for n in seen.graph.nodes if n.op == "call_module" and n.target == path]
+    return neighbours_of(nodes, seen, counts) if nodes else Neighbours()
 
 
 def _around(node: fx.Node, seen: GraphView) -> tuple[str | None, ...]:
@@ -93,6 +102,7 @@ def _around(node: fx.Node, seen: GraphView) -> tuple[str | None, ...]:
         _pointwise_before(node, seen),
         _pointwise_after(end, channels, seen),
         _branch(node),
+        _merge(node, seen),
     )
 
 
@@ -207,6 +217,28 @@ def _branch(node: fx.Node) -> str | None:
         if len(visited) > 64:
             return None
     return None
+
+
+def _merge(node: fx.Node, seen: GraphView) -> str | None:
+    """The module that reads the sum of a shortcut and `node`'s output behind its norm alone."""
+    while len(node.users) == 1:
+        (user,) = node.users
+        if user.target in _ADDITIONS and len(user.args) == 2:
+            readers = [reader for reader in user.users if reader.op == "call_module"]
+            return str(readers[0].target) if readers else None
+        plain_norm = _is_norm(user, seen) and not hasattr(seen.modules[_owner(user)], "act")
+        if not plain_norm and not _is_drop(user, seen):
+            return None
+        node = user
+    return None
+
+
+def _is_drop(node: fx.Node, seen: GraphView) -> bool:
+    """Whether `node` does nothing in eval mode: identity, dropout, stochastic depth."""
+    if node.op != "call_module":
+        return node.target in (F.dropout, F.dropout2d)
+    name = type(seen.modules[str(node.target)]).__name__
+    return "Identity" in name or "Drop" in name
 
 
 def _pointwise(node: fx.Node, seen: GraphView) -> nn.Conv2d | nn.Linear | None:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pfsurgery.errors import PolicyError, UnsupportedSiteError
 from pfsurgery.ops import get_op
-from pfsurgery.policy import KEEP, FunctionPolicy, Policy, Rule, Tail
+from pfsurgery.policy import KEEP, Rule, SitePolicy, Tail
 from pfsurgery.select import Patterns, Where, check_patterns, matches
 from pfsurgery.sites import Site
+from pfsurgery.structure import Structure
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,6 +32,7 @@ class Decision:
             nothing else would mix them. It has parameters.
         tail: What becomes of the norm and the activation behind the site.
         reason: Why.
+        structure: Widths and columns, where `op` is `mixed` or `thin`: a bottleneck fitted to data.
     """
 
     site: Site
@@ -38,6 +40,7 @@ class Decision:
     pointwise: bool = False
     tail: Tail = "keep"
     reason: str = ""
+    structure: Structure | None = None
 
     @property
     def replaced(self) -> bool:
@@ -47,6 +50,8 @@ class Decision:
     @property
     def label(self) -> str:
         """The op with what stands behind it: `max_pool`, `max_pool+pointwise`, `keep`."""
+        if self.structure is not None:
+            return f"{self.op}: {self.structure}"
         return f"{self.op}+pointwise" if self.pointwise else self.op
 
     @property
@@ -55,6 +60,8 @@ class Decision:
         if not self.replaced:
             return 0
         geometry = self.site.geometry
+        if self.structure is not None:
+            return geometry.parameters - self.structure.parameters(geometry)
         kept = geometry.parameters if get_op(self.op).keeps_convolution else 0
         if self.pointwise:
             kept = self._pointwise_macs + (geometry.out_channels if geometry.bias else 0)
@@ -66,13 +73,17 @@ class Decision:
         """Multiply-adds saved in one forward pass of the example."""
         if not self.replaced:
             return 0
+        geometry = self.site.geometry
+        if self.structure is not None:
+            left = self.structure.macs_per_position(geometry)
+            return (geometry.macs_per_position - left) * self.site.positions
         op = get_op(self.op)
         kept = op.macs_per_position(self.site)
         if op.keeps_convolution:
-            kept += self.site.geometry.macs_per_position
+            kept += geometry.macs_per_position
         if self.pointwise:
             kept += self._pointwise_macs
-        return (self.site.geometry.macs_per_position - kept) * self.site.positions
+        return (geometry.macs_per_position - kept) * self.site.positions
 
     @property
     def _pointwise_macs(self) -> int:
@@ -95,6 +106,7 @@ def decide(
         return Decision(site, KEEP, reason="no rule matches")
     if rule.op == KEEP:
         return Decision(site, KEEP, reason="a rule keeps it")
+    op = get_op(rule.op)
     why_not = site.blocked
     if why_not is None and not forced:
         if site.stem:
@@ -102,9 +114,9 @@ def decide(
         elif site.output:
             why_not = "it feeds the model's output"
     if why_not is None:
-        support = get_op(rule.op).supports(site)
+        support = op.supports(site)
         why_not = None if support else f"{rule.op}: {support.reason}"
-    pointwise = not get_op(rule.op).keeps_convolution and needs_pointwise(site)
+    pointwise = not (op.keeps_convolution or op.fitted) and needs_pointwise(site)
     if why_not is None and pointwise and mixing == "never":
         why_not = f"{rule.op} would need a pointwise convolution, and mixing is 'never'"
     if why_not is not None:
@@ -177,6 +189,10 @@ class Plan:
             UnsupportedSiteError: The op cannot stand at one of the sites.
         """
         rule = Rule(op, tail=tail)
+        if op != KEEP and get_op(op).fitted:
+            raise UnsupportedSiteError(
+                f"{op} is fitted to images: convert with policy=pfsurgery.budget(...) and images=."
+            )
 
         def chosen(site: Site) -> Decision:
             decision = decide(site, rule, forced=True)
@@ -207,6 +223,7 @@ class Plan:
                 "pointwise": d.pointwise,
                 "tail": d.tail,
                 "reason": d.reason,
+                "structure": d.structure.to_dict() if d.structure else None,
                 "site": d.site.to_dict(),
             }
             for d in self.decisions
@@ -259,15 +276,16 @@ def _decision_from_dict(entry: dict[str, Any]) -> Decision:
         pointwise=entry["pointwise"],
         tail=entry["tail"],
         reason=entry["reason"],
+        structure=Structure.from_dict(entry["structure"]) if entry["structure"] else None,
     )
-    if decision.replaced:
+    if decision.replaced and decision.structure is None:
         get_op(decision.op)
     return decision
 
 
 def make_plan(
     sites: Iterable[Site],
-    policy: Policy | FunctionPolicy,
+    policy: SitePolicy,
     *,
     include: Patterns = None,
     exclude: Patterns = None,

@@ -8,14 +8,18 @@ from fnmatch import fnmatchcase
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import yaml
+from torch import Tensor, nn
 
 from pfsurgery.errors import PolicyError, UnknownNameError, closest
 from pfsurgery.ops import get_op
 from pfsurgery.select import Where, as_patterns, matches
 from pfsurgery.sites import Site
+
+if TYPE_CHECKING:
+    from pfsurgery.plan import Plan
 
 Tail = Literal["keep", "drop"]
 KEEP = "keep"
@@ -170,6 +174,33 @@ class FunctionPolicy:
         """The function's answer as a rule."""
         op = self.function(site)
         return None if op is None else Rule(op)
+
+
+Tell = Callable[[str], None]
+
+
+class SitePolicy(Protocol):
+    """What every policy answers."""
+
+    @property
+    def name(self) -> str:
+        """What the plan calls it."""
+
+    def decide(self, site: Site) -> Rule | None:
+        """What becomes of `site`, None if nothing does."""
+
+
+@runtime_checkable
+class DataPolicy(SitePolicy, Protocol):
+    """A policy that fits what it chooses to images, such as `budget`."""
+
+    def convert(
+        self, model: nn.Module, mark: Callable[[Tensor], Plan], images: Any, tell: Tell
+    ) -> tuple[nn.Module, Plan]:
+        """A converted copy of the model, and the plan that was carried out.
+
+        `mark` says for an image of shape (1, C, H, W) which sites take part.
+        """
 
 
 PolicyLike = Policy | FunctionPolicy | str | Path | SiteFunction

@@ -105,6 +105,8 @@ class Neighbours:
         tail: The norm and the activation, where nothing but this site leads to them: what
             `tail="drop"` turns into `nn.Identity`.
         tail_parameters: How many parameters the tail has.
+        merge: Module that reads the sum of the site's output (behind its norm) and a shortcut, None
+            where nothing is added or something else stands between.
         private_input: No other operation reads the site's input and nothing changes its output in
             place, so that an operation may return its input itself.
     """
@@ -116,6 +118,7 @@ class Neighbours:
     branch: str | None = None
     tail: tuple[str, ...] = ()
     tail_parameters: int = 0
+    merge: str | None = None
     private_input: bool = False
 
 

@@ -99,6 +99,17 @@ def test_convert_then_compare(cli, tmp_path):
     assert width_of(figure) > 400
 
 
+def test_a_budget_is_fitted_to_images(cli, tmp_path):
+    out = tmp_path / "fast"
+    result = cli(
+        *("convert", *SMALL, "--no-pretrained", "-p", "budget", "--macs", "60%", "--size", 32),
+        *("--data", "digits", "--images", 128, "--out", out),
+    )
+    assert result.code == 0, result.err
+    assert "saved to" in result.out
+    assert any("columns" in name or "reduce" in name for name, _ in load(out).named_modules())
+
+
 def test_weights_come_from_a_local_checkpoint(cli, tmp_path):
     torch.manual_seed(5)
     model = timm.create_model("test_resnet", num_classes=10).eval()
@@ -120,7 +131,7 @@ def test_the_main_job(cli, tmp_path, folder):
     assert "pfsurgery.load" in result.out
     report = json.loads((out / "report.json").read_text())
     names = [step["name"] for step in report["steps"]]
-    assert names == ["original", "after surgery", "norms re-estimated", "fine-tuned"]
+    assert names == ["original", "after surgery", "norms re-estimated", "refitted", "fine-tuned"]
     assert report["comparison"]["ratios"]["parameters"] < 1
     assert report["steps"][-1]["accuracy"]["images"] == 8
     assert [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -165,6 +176,18 @@ BAD = {
     "wrong number of classes": (
         ("eval", "--model", "test_resnet", "--no-pretrained", "--data", "digits"),
         "1000",
+    ),
+    "budget without images": (
+        ("convert", *SMALL, "--no-pretrained", "-p", "budget", "--macs", "50%", "--out", "OUT"),
+        "images=",
+    ),
+    "budget without a limit": (
+        ("convert", *SMALL, "--no-pretrained", "-p", "budget", "--out", "OUT"),
+        "one limit",
+    ),
+    "limit without a budget": (
+        ("convert", *SMALL, "--no-pretrained", "-p", "shift_all", "--macs", "5%", "--out", "OUT"),
+        "--policy budget",
     ),
     "impossible rate": (
         ("finetune", *DIGITS_MODEL, "-p", "maxpool_all", "--out", "OUT", "--lr", "-1"),

@@ -52,7 +52,7 @@ def site_of(conv: nn.Conv2d, x: torch.Tensor) -> Site:
 def test_sizes_dtype_and_layout_are_those_of_the_convolution(conv, height, width, name):
     x = torch.randn(2, conv.in_channels, height, width).to(memory_format=torch.channels_last)
     site, op = site_of(conv, x), get_op(name)
-    if op.keeps_convolution or not op.supports(site):
+    if op.keeps_convolution or op.fitted or not op.supports(site):
         return
     module = op.build(site)
     assert not list(module.parameters())
@@ -208,7 +208,7 @@ def test_timm_same_padding_is_followed():
                 assert get_op(name).build(site)(x).shape == conv(x).shape
 
 
-@pytest.mark.parametrize("name", sorted(set(list_ops()) - {"avg_down"}))
+@pytest.mark.parametrize("name", sorted(set(list_ops()) - {"avg_down", "mixed", "thin"}))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtype_is_kept(name, dtype):
     conv = nn.Conv2d(6, 6, 3, stride=2, padding=1, groups=6)

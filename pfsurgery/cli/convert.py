@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from pfsurgery.batches import unlabelled_images
 from pfsurgery.checkpoint import save
-from pfsurgery.cli import options
+from pfsurgery.cli import options, show
 from pfsurgery.convert import convert as convert_model
+from pfsurgery.job import first_images
 from pfsurgery.record import record
 
 
@@ -20,6 +22,13 @@ def convert(
     out: Annotated[Path, typer.Option(help="Directory for the converted model.")],
     pretrained: options.Pretrained = True,
     checkpoint: options.Checkpoint = None,
+    macs: options.Macs = None,
+    params: options.Params = None,
+    thin: options.Thin = True,
+    data: Annotated[
+        str | None, typer.Option(help="For --policy budget: images, labels are not used.")
+    ] = None,
+    number: Annotated[int, typer.Option("--images", help="How many of them.", min=1)] = 2000,
     include: options.Include = None,
     exclude: options.Exclude = None,
     mixing: options.Mixing = "auto",
@@ -27,15 +36,33 @@ def convert(
     model_kwarg: options.ModelKwarg = None,
     size: options.Size = None,
 ) -> None:
-    """Convert a model and save it, without any recovery.
+    """Convert a model and save it, without recovery unless the policy is fitted to images.
 
     Example: pfsurgery convert --model resnet50 --policy maxpool_deep --out fast/
+
+    Example: pfsurgery convert --model resnet50 --policy budget --macs 40% --data imagenet/ --out f/
     """
     net = options.opened(model, pretrained, checkpoint, num_classes, model_kwarg)
-    chosen = options.planned(
-        net, policy, size=size, include=include, exclude=exclude, mixing=mixing
+    chosen = options.chosen(
+        net,
+        policy,
+        macs=macs,
+        params=params,
+        thin=thin,
+        size=size,
+        include=include,
+        exclude=exclude,
+        mixing=mixing,
     )
-    fast = convert_model(net, chosen, example=options.example_of(net, size))
+    fast = convert_model(
+        net,
+        chosen,
+        example=options.example_of(net, size),
+        images=None if data is None else first_images(unlabelled_images(data, net), number),
+        tell=show.line,
+    )
     save(fast, out)
-    changed = len(record(fast).plans[-1].replaced)
-    Console().print(f"{changed} of {len(chosen)} sites replaced; saved to {out}", soft_wrap=True)
+    done = record(fast).plans[-1]
+    Console().print(
+        f"{len(done.replaced)} of {len(done)} sites replaced; saved to {out}", soft_wrap=True
+    )

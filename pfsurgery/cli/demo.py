@@ -10,6 +10,7 @@ import typer
 from pfsurgery import demo as demo_job
 from pfsurgery.cli import options, show
 from pfsurgery.job import writable
+from pfsurgery.recover import budget
 
 
 def demo(
@@ -19,6 +20,9 @@ def demo(
     policy: Annotated[
         str, typer.Option("--policy", "-p", help="Name of a policy.")
     ] = "maxpool_all",
+    macs: options.Macs = None,
+    params: options.Params = None,
+    thin: options.Thin = True,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     json: options.Json = False,
 ) -> None:
@@ -26,8 +30,13 @@ def demo(
 
     Needs no network and no data: scikit-learn's digits are embedded.
 
-    Example: pfsurgery demo --policy shift_all
+    Example: pfsurgery demo --policy budget --macs 30%
     """
     writable(out)
-    report = demo_job.run(out, policy=policy, seed=seed, tell=show.silent if json else show.line)
+    report = demo_job.run(
+        out,
+        policy=budget(macs, params, thin=thin) if policy == "budget" else policy,
+        seed=seed,
+        tell=show.silent if json else show.line,
+    )
     show.report(report, out, json)

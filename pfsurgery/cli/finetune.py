@@ -34,6 +34,9 @@ def finetune(
     channels_last: Annotated[bool, typer.Option(help="Train in channels_last.")] = False,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     workers: Annotated[int | None, typer.Option(help="Processes that read images.", min=0)] = None,
+    macs: options.Macs = None,
+    params: options.Params = None,
+    thin: options.Thin = True,
     include: options.Include = None,
     exclude: options.Exclude = None,
     mixing: options.Mixing = "auto",
@@ -61,7 +64,16 @@ def finetune(
     writable(out)
     original = options.opened(model, pretrained, checkpoint, num_classes, model_kwarg)
     images = open_data(data, original, batch_size=batch_size, workers=workers)
-    chosen = options.planned(original, policy, include=include, exclude=exclude, mixing=mixing)
+    chosen = options.chosen(
+        original,
+        policy,
+        macs=macs,
+        params=params,
+        thin=thin,
+        include=include,
+        exclude=exclude,
+        mixing=mixing,
+    )
     _, report = run_job(
         original,
         chosen,

@@ -14,6 +14,7 @@ from pfsurgery.convert import plan as make_plan
 from pfsurgery.errors import PolicyError, ShapeError
 from pfsurgery.models import open_model
 from pfsurgery.plan import Plan
+from pfsurgery.recover import Budget, budget
 
 Model = Annotated[
     str,
@@ -45,6 +46,19 @@ Include = Annotated[
 ]
 Exclude = Annotated[
     list[str] | None, typer.Option(help="Keep sites that match (glob or re:...). Repeatable.")
+]
+Macs = Annotated[
+    str | None,
+    typer.Option(help="For --policy budget: multiply-adds left, as 25% or a number."),
+]
+Params = Annotated[
+    str | None, typer.Option(help="For --policy budget: parameters left, as 25% or a number.")
+]
+Thin = Annotated[
+    bool,
+    typer.Option(
+        "--thin/--no-thin", help="For --policy budget: allow thin dense convolutions too."
+    ),
 ]
 Mixing = Annotated[
     str, typer.Option(help="never: keep sites that would need a pointwise convolution.")
@@ -112,6 +126,23 @@ def planned(
         exclude=exclude or None,
         mixing=mixing,  # type: ignore[arg-type]
     )
+
+
+def chosen(
+    model: nn.Module,
+    policy: str,
+    *,
+    macs: str | None = None,
+    params: str | None = None,
+    thin: bool = True,
+    **selection: Any,
+) -> Plan | Budget:
+    """The budget that the options describe, or the plan; see `planned`."""
+    if policy == "budget":
+        return budget(macs, params, thin=thin)
+    if macs is not None or params is not None:
+        raise PolicyError("--macs and --params go with --policy budget.")
+    return planned(model, policy, **selection)
 
 
 def example_of(model: nn.Module, size: int | None, batch: int = 1) -> Any:

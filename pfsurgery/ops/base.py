@@ -39,11 +39,14 @@ class Op(ABC):
         summary: One line for listings.
         keeps_convolution: The convolution stays behind the op, at stride 1: the op takes over its
             stride alone. Such an op saves no parameters.
+        fitted: The op has pointwise weights of its own, which the policy `budget` fits to images,
+            so that it mixes the channels itself.
     """
 
     name: str
     summary: str
     keeps_convolution: bool = False
+    fitted: bool = False
 
     def supports(self, site: Site) -> Support:
         """Whether the op can stand at `site`, with the reason where it cannot."""

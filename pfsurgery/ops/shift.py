@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pfsurgery.ops.base import Op, register_op
-from pfsurgery.ops.window import Window, is_channels_last
+from pfsurgery.ops.window import Window, in_layout_of
 from pfsurgery.sites import Site
 
 
@@ -37,7 +37,7 @@ class Shift(nn.Module):
         moved = [
             self.window.tap(group, tap) for group, (tap, _) in zip(groups, self.taps, strict=True)
         ]
-        return torch.cat(moved, dim=-3)
+        return in_layout_of(x, torch.cat(moved, dim=-3))
 
     def extra_repr(self) -> str:
         """The window, for printing."""
@@ -54,8 +54,7 @@ class Subsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """A new tensor, so that a following in-place operation cannot reach the input."""
         centre = self.window.tap(self.window.pad(x), self.window.center)
-        layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-        return centre.clone(memory_format=layout)
+        return in_layout_of(x, centre.clone())
 
     def extra_repr(self) -> str:
         """The window, for printing."""

@@ -62,10 +62,7 @@ class Window:
         edges = (left, right, top, bottom)
         if mode == "zeros":
             return F.pad(x, edges, value=value)
-        padded = F.pad(x, edges, mode=mode)
-        if is_channels_last(x):
-            return padded.contiguous(memory_format=torch.channels_last)
-        return padded
+        return in_layout_of(x, F.pad(x, edges, mode=mode))
 
     def tap(self, padded: Tensor, position: Pair) -> Tensor:
         """What one tap of the kernel sees: a view (N, C, H', W') of the padded input."""
@@ -115,6 +112,8 @@ class Window:
         return None
 
 
-def is_channels_last(x: Tensor) -> bool:
-    """Whether `x` (N, C, H, W) is laid out with its channels innermost."""
-    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+def in_layout_of(x: Tensor, made: Tensor) -> Tensor:
+    """`made` (N, C, H, W) with its channels innermost where `x` has them so."""
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return made.contiguous(memory_format=torch.channels_last)
+    return made

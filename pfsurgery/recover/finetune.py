@@ -128,6 +128,11 @@ def _check(model: nn.Module, teacher: nn.Module | None, config: FinetuneConfig) 
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise TrainingError("No parameter of the model requires a gradient, so none is trained.")
+    check_optimizer(config)
+
+
+def check_optimizer(config: FinetuneConfig) -> None:
+    """Raise an UnknownNameError where timm has no optimizer of that name."""
     from timm.optim import list_optimizers
 
     names = list_optimizers()

@@ -1,0 +1,156 @@
+"""The fitted bottleneck as a module: reduce, operate, expand, with standard operators only."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pfsurgery.errors import UnsupportedSiteError
+from pfsurgery.ops.base import Op, Support, register_op
+from pfsurgery.ops.window import Window, in_layout_of
+from pfsurgery.sites import Geometry, Site
+from pfsurgery.structure import Run, Structure
+
+_PLAIN = ("torch.nn.modules.conv.Conv2d", "timm.layers.conv2d_same.Conv2dSame")
+
+
+class Columns(nn.Module):
+    """Parameter-free columns: (N, C, H, W) to (N, B, H', W'), sizes as a convolution gives them.
+
+    Each column is one channel under one operation: a tap of the kernel (a shift; zeros move in),
+    the average (padded zeros left out) or the maximum (padding never wins) of a rectangle of taps.
+    Columns of one operation are neighbours, so each operation works on one run of channels.
+    """
+
+    def __init__(self, geometry: Geometry, runs: tuple[Run, ...]) -> None:
+        super().__init__()
+        self.geometry = geometry
+        self.window = Window.of(geometry)
+        self.runs = runs
+        for place, run in enumerate(runs):
+            first, count = run.channels[0], len(run.channels)
+            if run.channels != tuple(range(first, first + count)):
+                self.register_buffer(
+                    f"channels_{place}", torch.tensor(run.channels), persistent=False
+                )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The columns, operation by operation."""
+        padded = self.window.pad(x)
+        columns = []
+        for place, run in enumerate(self.runs):
+            if run.kind == "tap":
+                columns.append(self._channels(self.window.tap(padded, (run.top, run.left)), place))
+            else:
+                columns.append(self._pooled(self._channels(x, place), run))
+        return in_layout_of(x, torch.cat(columns, dim=1))
+
+    def _channels(self, x: Tensor, place: int) -> Tensor:
+        index = getattr(self, f"channels_{place}", None)
+        if index is not None:
+            return x.index_select(1, index)
+        run = self.runs[place]
+        return x.narrow(1, run.channels[0], len(run.channels))
+
+    def _pooled(self, x: Tensor, run: Run) -> Tensor:
+        edges = self._edges(x, run)
+        size, stride = (run.height, run.width), self.window.stride
+        if run.kind == "maximum":
+            return F.max_pool2d(F.pad(x, edges, value=-math.inf), size, stride)
+        ones = F.pad(torch.ones_like(x[:1, :1]), edges)
+        return F.avg_pool2d(F.pad(x, edges), size, stride) / F.avg_pool2d(ones, size, stride)
+
+    def _edges(self, x: Tensor, run: Run) -> tuple[int, int, int, int]:
+        """Padding (negative: cropping) that lets a stock pool read just the run's rectangle."""
+        edges: list[int] = []
+        pads = self.geometry.pads((x.shape[-2], x.shape[-1]))
+        for axis in (1, 0):
+            before, after = pads[axis]
+            skipped = (run.top, run.left)[axis]
+            taken = (run.height, run.width)[axis]
+            kernel = self.window.kernel_size[axis]
+            edges += [before - skipped, after - (kernel - skipped - taken)]
+        return edges[0], edges[1], edges[2], edges[3]
+
+
+class Bottleneck(nn.Module):
+    """Reduce, operate, expand: (N, C, H, W) to (N, C', H', W').
+
+    The operation in the middle is parameter-free columns, or, in the dense forms, a convolution
+    between reduced widths. The efficient bottleneck of Han et al. (ICLR 2022) with its operations
+    chosen from data; see `pfsurgery.structure.Structure` for the forms.
+    """
+
+    def __init__(self, geometry: Geometry, structure: Structure) -> None:
+        super().__init__()
+        inputs, outputs = geometry.in_channels, geometry.out_channels
+        self.form = structure.form
+        width = structure.reduce or inputs
+        self.reduce = nn.Conv2d(inputs, width, 1, bias=False) if structure.reduce else None
+        self.columns: Columns | None = None
+        self.waist: nn.Conv2d | None = None
+        if structure.dense:
+            self.waist = nn.Conv2d(
+                width,
+                structure.waist or outputs,
+                geometry.kernel_size,
+                stride=geometry.stride,
+                padding=geometry.padding,
+                dilation=geometry.dilation,
+                bias=False,
+            )
+        else:
+            self.columns = Columns(geometry, structure.runs)
+            if structure.waist:
+                self.waist = nn.Conv2d(structure.columns, structure.waist, 1, bias=False)
+        last = structure.waist or structure.columns
+        self.expand = nn.Conv2d(last, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The bottleneck's output."""
+        if self.reduce is not None:
+            x = self.reduce(x)
+        if self.columns is not None:
+            x = self.columns(x)
+        if self.waist is not None:
+            x = self.waist(x)
+        expanded: Tensor = self.expand(x)
+        return expanded
+
+
+class MixedOp(Op):
+    """Parameter-free columns chosen from data, between pointwise convolutions."""
+
+    name = "mixed"
+    summary = "columns chosen from data between pointwise convolutions (policy budget)"
+    fitted = True
+
+    def supports(self, site: Site) -> Support:
+        """Dense convolutions with plain weights and zero padding."""
+        if site.kind != "dense":
+            return Support(f"bottlenecks are fitted to dense convolutions, this is {site.kind}")
+        if site.module not in _PLAIN:
+            return Support(f"{site.module} computes its weights, which are not read")
+        if site.geometry.padding_mode != "zeros":
+            return Support(f"fitted columns pad with zeros, this with {site.geometry.padding_mode}")
+        return Support()
+
+    def build(self, site: Site) -> nn.Module:
+        """Raises an UnsupportedSiteError: without a structure there is nothing to build."""
+        raise UnsupportedSiteError(
+            f"{site.name}: {self.name} needs a structure, which the policy budget fits to images."
+        )
+
+
+class ThinOp(MixedOp):
+    """A dense convolution between reduced widths; not parameter-free."""
+
+    name = "thin"
+    summary = "a dense convolution between reduced widths (policy budget); has parameters"
+
+
+register_op(MixedOp())
+register_op(ThinOp())

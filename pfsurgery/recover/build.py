@@ -1,0 +1,64 @@
+"""From a fit to what stands in the network: its structure, and its weights in the module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pfsurgery.ops.bottleneck import Bottleneck
+from pfsurgery.recover.columns import Operation
+from pfsurgery.recover.fit import Fit
+from pfsurgery.sites import Geometry
+from pfsurgery.structure import Run, Structure
+
+_DENORMAL = 1e-30  # smaller weights slow a product fourfold and say nothing
+
+
+def structure_of(fit: Fit, ops: Sequence[Operation]) -> Structure:
+    """The widths and columns of a fit."""
+    dense = fit.form in ("thin", "low_rank")
+    runs = []
+    for place, op in enumerate(ops):
+        channels = tuple(fit.channels[fit.ops == place].tolist())
+        if channels and not dense:
+            runs.append(Run(op.kind, op.top, op.left, op.height, op.width, channels))
+    return Structure(
+        form=fit.form,
+        reduce=None if fit.reduce is None else len(fit.reduce),
+        runs=tuple(runs),
+        waist=None if fit.waist is None else len(fit.waist),
+        error=round(fit.error, 6),
+    )
+
+
+@torch.no_grad()
+def set_weights(module: Bottleneck, fit: Fit, ops: Sequence[Operation], geometry: Geometry) -> None:
+    """Put the fit's weights into a module that was built with its structure."""
+    if fit.reduce is not None and module.reduce is not None:
+        _put(module.reduce, fit.reduce[:, :, None, None])
+    if fit.waist is not None and module.waist is not None:
+        dense = module.columns is None
+        weight = _kernel(fit, ops, geometry) if dense else fit.waist[:, :, None, None]
+        _put(module.waist, weight)
+    _put(module.expand, fit.expand[:, :, None, None], fit.bias)
+
+
+def _kernel(fit: Fit, ops: Sequence[Operation], geometry: Geometry) -> Tensor:
+    """The dense middle as a convolution's weight (r2, r1, height, width)."""
+    if fit.waist is None:
+        raise ValueError("a dense form has a waist")
+    width = geometry.in_channels if fit.reduce is None else len(fit.reduce)
+    kernel = fit.waist.new_zeros(len(fit.waist), width, *geometry.kernel_size)
+    for place, op in enumerate(ops):
+        mine = fit.ops == place
+        if op.kind == "tap":
+            kernel[:, fit.channels[mine], op.top, op.left] = fit.waist[:, mine]
+    return kernel
+
+
+def _put(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None = None) -> None:
+    conv.weight.copy_(torch.where(weight.abs() < _DENORMAL, 0.0, weight))
+    if bias is not None and conv.bias is not None:
+        conv.bias.copy_(bias)

@@ -1,0 +1,133 @@
+"""What a fit is: the weights of a bottleneck of columns, its error and its cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pfsurgery.recover.columns import Operation, Window, column_rows
+from pfsurgery.recover.gram import Moments
+from pfsurgery.recover.linalg import ridge_gcv
+
+Form = Literal["columns", "waist", "bottleneck", "mixed", "thin", "low_rank", "bare"]
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A fitted bottleneck: optional reduction, B columns, optional waist, expansion, bias.
+
+    `y = expand @ (waist @ columns(reduce @ x)) + bias` at every position; column b is operation
+    `ops[b]` on channel `channels[b]` of the reduced input (or of the input, without reduction).
+
+    Attributes:
+        form: "columns" (one product), "waist", "bottleneck" (reduce, one operation a channel,
+            expand), "mixed" (reduce, columns, waist, expand), "thin" (reduce, every tap of every
+            channel into the waist, expand: a dense convolution between reduced widths),
+            "low_rank" (thin without a reduction) or "bare" (one operation a channel; the
+            expansion is the pointwise convolution that follows).
+        ops: Operation of each column, (B,), indices into the site's operations.
+        channels: Channel of each column, (B,).
+        reduce: (r1, C) or None.
+        waist: (r2, B) or None.
+        expand: (C_out, r2) or (C_out, B).
+        bias: (C_out,).
+        error: Squared error as a share of the targets' variance, in the weights' measure.
+        macs: Multiply-adds an output position (those of the reduction counted `reuse` times).
+    """
+
+    form: Form
+    ops: Tensor
+    channels: Tensor
+    reduce: Tensor | None
+    waist: Tensor | None
+    expand: Tensor
+    bias: Tensor
+    error: float
+    macs: float
+
+
+def cost(
+    channels: int, targets: int, columns: int, r1: int | None, r2: int | None, reuse: float = 1.0
+) -> float:
+    """Multiply-adds an output position of a bottleneck.
+
+    Args:
+        channels: Input channels C.
+        targets: Output channels.
+        columns: Number of columns B.
+        r1: Width of the reduction, None without one.
+        r2: Width of the waist, None without one.
+        reuse: Input positions for each output position (the stride's area), for the reduction
+            runs before the operation.
+    """
+    reduction = channels * r1 * reuse if r1 is not None else 0.0
+    product = columns * targets if r2 is None else r2 * (columns + targets)
+    return reduction + product
+
+
+def error_of(fit: Fit, moments: Moments, ops: int, weights: Tensor) -> float:
+    """Relative error of a fit on moments of all columns (ops * C of them), weighted by output."""
+    combined = effective_kernel(fit, ops, moments.gram.shape[0] // ops) * weights
+    cross = moments.cross * weights
+    total = float((moments.target.diagonal() * weights.square()).sum())
+    explained = 2 * (combined * cross).sum() - (combined * (moments.gram @ combined)).sum()
+    offset = (
+        moments.target_mean
+        - fit.bias
+        - moments.column_mean @ effective_kernel(fit, ops, moments.gram.shape[0] // ops)
+    )
+    shift = float((offset * weights).square().sum())
+    return (total - float(explained) + shift) / total if total > 0 else 0.0
+
+
+def effective_kernel(fit: Fit, ops: int, channels: int) -> Tensor:
+    """The one product (ops * C, C_out) of all columns that a fit amounts to."""
+    out = fit.expand if fit.waist is None else fit.expand @ fit.waist
+    kernel = out.new_zeros(ops, channels, out.shape[0])
+    for o in range(ops):
+        mine = fit.ops == o
+        if fit.reduce is None:
+            kernel[o].index_add_(0, fit.channels[mine], out.T[mine])
+        else:
+            kernel[o] = fit.reduce[fit.channels[mine]].T @ out.T[mine]
+    return kernel.flatten(0, 1)
+
+
+def apply_fit(fit: Fit, x: Tensor, window: Window, ops: Sequence[Operation]) -> Tensor:
+    """The fitted bottleneck's outputs, (N, C, H, W) -> (N, C_out, H', W'): the reference."""
+    hidden = x if fit.reduce is None else torch.einsum("rc,nchw->nrhw", fit.reduce.to(x), x)
+    rows, columns = window.output_size(*x.shape[2:])
+    flat = column_rows(hidden, window, ops)
+    values = flat[:, fit.ops * hidden.shape[1] + fit.channels]
+    if fit.waist is not None:
+        values = values @ fit.waist.to(x).T
+    out = values @ fit.expand.to(x).T + fit.bias.to(x)
+    return out.view(x.shape[0], rows, columns, -1).permute(0, 3, 1, 2)
+
+
+def refit_expansion(fit: Fit, moments: Moments, ops: int, weights: Tensor) -> Fit:
+    """Solves the expansion and the bias again, ridge by generalised cross-validation.
+
+    Args:
+        fit: A fit.
+        moments: Of all columns, (ops * C), with the targets wanted now.
+        ops: Number of operations.
+        weights: (C_out,), importance of the outputs.
+    """
+    channels = moments.gram.shape[0] // ops
+    width = fit.expand.shape[1]
+    inner = replace(fit, expand=torch.eye(width, dtype=fit.expand.dtype))
+    basis = effective_kernel(inner, ops, channels)
+    gram = basis.T @ moments.gram @ basis
+    cross = basis.T @ moments.cross
+    total = float((moments.target.diagonal() * weights.square()).sum())
+    live = (weights > 0).to(weights)
+    expand = ridge_gcv(gram, cross * weights, total, moments.count)
+    expand = (expand * (live / torch.where(weights > 0, weights, 1.0))).T
+    bias = moments.target_mean - expand @ (moments.column_mean @ basis)
+    solved = replace(fit, expand=expand, bias=bias)
+    return replace(solved, error=error_of(solved, moments, ops, weights))

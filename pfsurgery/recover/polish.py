@@ -1,0 +1,89 @@
+"""Last corrections of a fitted network, each kept only where it brings the output closer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pfsurgery.policy import Tell
+from pfsurgery.recover.capture import capture, outputs
+from pfsurgery.recover.gram import MomentSum
+from pfsurgery.recover.linalg import ridge_gcv
+from pfsurgery.recover.norms import recalibrate
+
+
+def distance(original: Tensor, edited: Tensor) -> float:
+    """How far the edited network's outputs are from the original's.
+
+    Logits (N, classes) by the Kullback-Leibler divergence in nats, anything else by the squared
+    error as a share of the original's variance.
+    """
+    if original.ndim == 2:
+        old, new = original.double().log_softmax(1), edited.double().log_softmax(1)
+        return float(F.kl_div(new, old, log_target=True, reduction="batchmean"))
+    gap, spread = (original - edited).square().mean(), original.var(correction=0)
+    return float(gap / spread.clamp(min=1e-12))
+
+
+def polish(student: nn.Module, teacher: nn.Module, batches: Sequence[Tensor], tell: Tell) -> None:
+    """Re-estimate norm statistics and refit the classifier, in place, where it helps.
+
+    Re-estimated norms hurt after very small budgets, so neither step is taken on trust.
+
+    Args:
+        student: The fitted network, in eval mode.
+        teacher: The original, in eval mode.
+        batches: Images (N, C, H, W), one batch each.
+        tell: Called with a line of text for each step that was kept.
+    """
+    wanted = outputs(teacher, batches)
+
+    def attempt(name: str, change: Callable[[], object]) -> None:
+        before = {key: value.clone() for key, value in student.state_dict().items()}
+        away = distance(wanted, outputs(student, batches))
+        change()
+        now = distance(wanted, outputs(student, batches))
+        if now < away:
+            tell(f"{name}: distance to the original {away:.4f} -> {now:.4f}")
+        else:
+            student.load_state_dict(before)
+
+    attempt("norms re-estimated", lambda: recalibrate(student, list(batches)))
+    classifier = _classifier(teacher, wanted)
+    if classifier is not None:
+        attempt("classifier refitted", lambda: _refit(student, wanted, classifier, batches))
+
+
+def _classifier(teacher: nn.Module, wanted: Tensor) -> str | None:
+    """Path of the last linear layer, if it makes the logits."""
+    linear = [name for name, module in teacher.named_modules() if isinstance(module, nn.Linear)]
+    if wanted.ndim != 2 or not linear:
+        return None
+    return linear[-1] if _width(teacher, linear[-1]) == wanted.shape[1] else None
+
+
+def _width(model: nn.Module, path: str) -> int:
+    module = model.get_submodule(path)
+    return module.out_features if isinstance(module, nn.Linear) else 0
+
+
+@torch.no_grad()
+def _refit(student: nn.Module, wanted: Tensor, path: str, batches: Sequence[Tensor]) -> None:
+    linear = student.get_submodule(path)
+    if not isinstance(linear, nn.Linear):
+        return
+    moments = MomentSum(linear.in_features, linear.out_features)
+    seen = [capture(student, batch, {"x": (path, "input")})["x"] for batch in batches]
+    features = torch.cat(seen).float().cpu()
+    if features.ndim != 2:
+        return
+    moments.add(features, wanted.float().cpu())
+    found = moments.result()
+    total = float(found.target.diagonal().sum())
+    weight = ridge_gcv(found.gram, found.cross, total, found.count)
+    linear.weight.copy_(weight.T)
+    if linear.bias is not None:
+        linear.bias.copy_(found.target_mean - found.column_mean @ weight)
