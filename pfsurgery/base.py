@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from pfsurgery.errors import RecordMismatchError, UnknownNameError, closest
+from pfsurgery.example import reads_image
 
 _ATTRIBUTE = "_pfsurgery_base"
 
@@ -71,7 +72,10 @@ def _build_torchvision(base: Base) -> nn.Module:
             f"torchvision has no model {base.name!r}. {closest(base.name, known)}"
         )
     try:
-        model: nn.Module = torchvision.models.get_model(base.name, weights=None, **base.kwargs)
+        builder = torchvision.models.get_model_builder(base.name)
+        whole = "weights_backbone" in inspect.signature(builder).parameters
+        kwargs = {"weights_backbone": None, **base.kwargs} if whole else base.kwargs
+        model: nn.Module = torchvision.models.get_model(base.name, weights=None, **kwargs)
     except (TypeError, ValueError) as error:
         raise RecordMismatchError(
             f"torchvision cannot build {base.name} with {base.kwargs}: {error}"
@@ -88,7 +92,10 @@ def base_of(model: nn.Module) -> Base | None:
     """Where `model` comes from, as noted by `set_base` or as timm's configuration states it."""
     noted = model.__dict__.get(_ATTRIBUTE)
     if isinstance(noted, Base):
-        return noted
+        now = _timm_kwargs(model) if noted.library == "timm" else {}
+        return Base(noted.library, noted.name, {**noted.kwargs, **now})
+    if type(model).__name__.startswith("Feature"):
+        return None  # timm's feature extractors keep a part of the model that the name stands for
     config = getattr(model, "pretrained_cfg", None)
     name = config.get("architecture") if isinstance(config, dict) else None
     if not name:
@@ -101,9 +108,10 @@ def _timm_kwargs(model: nn.Module) -> dict[str, Any]:
     if isinstance(getattr(model, "num_classes", None), int):
         kwargs["num_classes"] = model.num_classes
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    if first is not None and first.in_channels != 3:
+    if first is not None and first.in_channels != 3 and reads_image(first):
         kwargs["in_chans"] = first.in_channels
     pool = getattr(model, "global_pool", None)
+    pool = getattr(pool, "pool_type", pool)
     if "img_size" in inspect.signature(type(model).__init__).parameters:
         size = getattr(getattr(model, "patch_embed", None), "img_size", None)
         if size is not None:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from pfsurgery.base import Base, base_of, set_base
 from pfsurgery.errors import PolicyError, RecordMismatchError, SurgeryError, closest
 from pfsurgery.modularise import modularise
-from pfsurgery.record import Record, record, remember
-from pfsurgery.rewrite import apply_plan
+from pfsurgery.record import Record, has_record, record, remember
+from pfsurgery.rewrite import Undo, apply_plan, undo
+from pfsurgery.sites import class_name
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -40,6 +41,12 @@ def save(model: nn.Module, directory: str | Path, *, base: Base | None = None) -
     from safetensors.torch import save as to_bytes
 
     done = record(model)
+    for path, module in model.named_modules():
+        if path and has_record(module):
+            raise RecordMismatchError(
+                f"{path} was converted on its own before the whole model was, and a saved "
+                f"directory holds one record. Convert the whole model with include={path!r}."
+            )
     state = _unshared(model.state_dict())
     weights = to_bytes(state, metadata={"format": "pt"})
     base = base or base_of(model)
@@ -48,6 +55,7 @@ def save(model: nn.Module, directory: str | Path, *, base: Base | None = None) -
         "base": base.to_dict() if base else None,
         "record": done.to_dict(),
         "images": _image_config(model),
+        "modules": _fingerprint(model),
         "versions": _versions(),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
@@ -98,10 +106,17 @@ def load(
     except (PolicyError, KeyError, TypeError) as error:
         raise RecordMismatchError(f"{directory / CONFIG}: {error}") from None
     modularise(model, inplace=True)
+    replaced: Undo = []
+    try:
+        for plan in done.plans:
+            replaced = apply_plan(model, plan.replaced) + replaced
+        _check_fingerprint(model, content.get("modules", {}), directory)
+        _load_state(model, state, directory / WEIGHTS)
+    except SurgeryError:
+        undo(model, replaced)
+        raise
     for plan in done.plans:
-        apply_plan(model, plan.replaced)
         remember(model, plan)
-    _load_state(model, state, directory / WEIGHTS)
     if content.get("images") and isinstance(getattr(model, "pretrained_cfg", None), dict):
         images = {k: tuple(v) if isinstance(v, list) else v for k, v in content["images"].items()}
         model.pretrained_cfg = {**model.pretrained_cfg, **images}  # type: ignore[dict-item,assignment]
@@ -133,6 +148,32 @@ def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         seen.add(tensor.untyped_storage().data_ptr())
         unshared[key] = tensor.clone() if shared else tensor
     return unshared
+
+
+def _fingerprint(model: nn.Module) -> dict[str, str]:
+    """What each module is, as far as it shows: class and settings; dropouts do not count.
+
+    Weights say nothing of strides, activations or pooling, so a base that was built with other
+    arguments could load them all and still be another model.
+    """
+    return {
+        path: _digest({"class": class_name(module), "settings": module.extra_repr()})[:12]
+        for path, module in model.named_modules()
+        if not isinstance(module, nn.Identity)
+        and "Drop" not in type(module).__name__
+        and " at 0x" not in module.extra_repr()
+    }
+
+
+def _check_fingerprint(model: nn.Module, saved: Mapping[str, str], directory: Path) -> None:
+    now = _fingerprint(model)
+    for path in sorted(saved.keys() | now.keys()):
+        if saved.get(path) != now.get(path):
+            raise RecordMismatchError(
+                f"{path or 'The model'} was saved as another module than the base in "
+                f"{directory / CONFIG} has there: the model was built with other arguments. Pass "
+                f"the unconverted model as base=."
+            )
 
 
 def _image_config(model: nn.Module) -> dict[str, Any]:
@@ -234,4 +275,6 @@ def _load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> No
                 f"{tuple(expected[key].shape)}. If the model was built with other arguments, "
                 f"pass it as base=."
             )
-    model.load_state_dict(dict(state), assign=False)
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        tensor.data = tensor.data.to(state[key].dtype)
+    model.load_state_dict(dict(state))

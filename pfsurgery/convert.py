@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import nn
 
 from pfsurgery.errors import NoEffectWarning, PolicyError, ShapeError
@@ -90,7 +91,8 @@ def convert(
         return cast(Model, fitted)
     chosen = _as_plan(model, policy, example, include, exclude, where, mixing)
     _check(model, chosen, example)
-    return _apply(copy.deepcopy(model), chosen)
+    with torch.inference_mode(False):
+        return _apply(copy.deepcopy(model), chosen)
 
 
 def convert_(
@@ -114,7 +116,8 @@ def convert_(
         return model
     chosen = _as_plan(model, policy, example, include, exclude, where, mixing)
     _check(model, chosen, example)
-    return _apply(model, chosen)
+    with torch.inference_mode(False):
+        return _apply(model, chosen)
 
 
 def _marker(
@@ -174,12 +177,19 @@ def _check(model: nn.Module, chosen: Plan, example: Example | None) -> None:
         return
     inputs = example_inputs(model, example)
     model = modularise(model)
-    before = view(model, inputs).output
-    after = view(model, inputs, lambda shadow: apply_plan(shadow, chosen.replaced)).output
-    if before != after:
+    before = view(model, inputs)
+    try:
+        after = view(model, inputs, lambda shadow: apply_plan(shadow, chosen.replaced))
+    except ShapeError as error:
         raise ShapeError(
-            f"The conversion would change what {type(model).__name__} returns: {before} would "
-            f"become {after}. Keep some sites; the model was not changed."
+            f"{type(model).__name__} runs, but would not once it is converted: {error.__cause__}. "
+            f"Does its code read the convolutions' attributes? Exclude those sites; the model was "
+            f"not changed."
+        ) from error
+    if before.output != after.output and not before.by_value:
+        raise ShapeError(
+            f"The conversion would change what {type(model).__name__} returns: {before.output} "
+            f"would become {after.output}. Keep some sites; the model was not changed."
         )
 
 

@@ -50,6 +50,11 @@ def default_input_size(model: nn.Module) -> tuple[int, int, int]:
     size = config.get("input_size") if isinstance(config, dict) else None
     channels, height, width = size or _DEFAULT_SIZE
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    if first is not None and first.in_channels < _MOST_IMAGE_CHANNELS:
+    if first is not None and reads_image(first):
         channels = first.in_channels
     return int(channels), int(height), int(width)
+
+
+def reads_image(first: nn.Conv2d) -> bool:
+    """Whether a model's first convolution has as few channels as an image."""
+    return first.in_channels < _MOST_IMAGE_CHANNELS

@@ -50,6 +50,7 @@ class GraphView:
             kernel larger than one pixel that no `nn.Conv2d` made.
         foreign_reads: Paths of modules whose weight another module's code reads, with the reader.
         output: What the model returned, with a (shape, dtype) in place of each tensor.
+        by_value: The model had to run on real values, so that shapes may depend on them.
     """
 
     graph: fx.Graph
@@ -59,6 +60,7 @@ class GraphView:
     )
     foreign_reads: dict[str, str] = field(default_factory=dict)
     output: Any = None
+    by_value: bool = False
 
 
 def view(
@@ -82,11 +84,13 @@ def view(
     """
     failure: Exception | None = None
     for make in (_meta_shadow, _fake_shadow, _real_shadow):
-        shadow, convert, context = make(model)
         try:
-            with context, torch.no_grad():
+            shadow, convert, context = make(model)
+            with context, torch.no_grad(), torch.random.fork_rng():
                 edit(shadow)
-                return _record(shadow, tree_map_only(Tensor, convert, example))
+                seen = _record(shadow, tree_map_only(Tensor, convert, example))
+                seen.by_value = make is _real_shadow
+                return seen
         except SurgeryError:
             raise
         except Exception as error:
@@ -137,7 +141,14 @@ def _quietly(mode: Any) -> Iterator[None]:
 
 
 def _real_shadow(model: nn.Module) -> Shadow:
-    return shadow_of(model, lambda tensor: tensor), lambda tensor: tensor, nullcontext()
+    """Shares the parameters, which a forward pass does not change, and copies all else."""
+    parameters = {id(p.detach()): p for p in model.parameters()}
+    pointers = {p.data_ptr() for p in parameters.values()}
+
+    def convert(tensor: Tensor) -> Tensor:
+        return tensor if tensor.data_ptr() in pointers else tensor.clone()
+
+    return shadow_of(model, convert), Tensor.clone, nullcontext()
 
 
 def shadow_of(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Module:
@@ -168,6 +179,30 @@ def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
                 yield value
 
 
+def tensors_in(value: Any, depth: int = 3) -> list[Tensor]:
+    """All tensors in nested containers, dataclasses and plain objects."""
+    found = []
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif depth and hasattr(leaf, "__dict__") and not isinstance(leaf, type | nn.Module):
+            found += tensors_in(list(vars(leaf).values()), depth - 1)
+    return found
+
+
+def described(value: Any) -> Any:
+    """`value` with a (shape, dtype) in place of each tensor, and objects by class and fields."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype
+    if isinstance(value, dict):
+        return {key: described(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [type(value).__name__, *(described(item) for item in value)]
+    if hasattr(value, "__dict__"):
+        return [type(value).__name__, {key: described(item) for key, item in vars(value).items()}]
+    return type(value).__name__
+
+
 def is_norm(module: nn.Module) -> bool:
     """Whether `module` is a norm, going by its class's name; `ConvNorm` blocks are not."""
     return "norm" in type(module).__name__.lower() and not any(
@@ -192,7 +227,7 @@ def _record(shadow: nn.Module, example: tuple[Any, ...]) -> GraphView:
                 recorder.add("placeholder", "input", (), leaf)
         output = shadow(*example)
     recorder.add("output", "output", output, None)
-    recorder.view.output = tree_map_only(Tensor, lambda t: (tuple(t.shape), t.dtype), output)
+    recorder.view.output = described(output)
     return recorder.view
 
 
@@ -208,17 +243,20 @@ class _Recorder(TorchFunctionMode):
         self._stack: list[str] = [""]
         self._leaf: nn.Module | None = None
         self._weights = {
-            id(module.weight): path
+            id(parameter): path
             for path, module in modules.items()
             if isinstance(module, nn.Conv2d)
+            for parameter in module._parameters.values()
+            if parameter is not None
         }
 
     def add(self, op: str, target: Any, inputs: Any, output: Any) -> None:
         """Append a node that reads the tensors in `inputs` and makes those in `output`."""
-        read = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-        made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        read, made = tensors_in(inputs), tensors_in(output)
+        if target is Tensor.__setitem__:
+            made = read[:1]
         sources = tuple(dict.fromkeys(self._node_of[t] for t in read if t in self._node_of))
-        if op not in ("placeholder", "output") and (not made or not sources):
+        if op == "call_function" and (not made or not sources):
             return
         args: tuple[Any, ...] = (sources,) if op == "output" else sources
         node = self.view.graph.create_node(op, target, args)

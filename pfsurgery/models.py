@@ -38,7 +38,13 @@ def open_model(
         SurgeryError: The hub cannot be reached.
     """
     if (Path(name) / CONFIG).is_file() or Path(name).is_dir():
+        if checkpoint is not None or num_classes is not None or kwargs:
+            raise SurgeryError(
+                f"{name} is a saved model with weights and arguments of its own: leave out "
+                f"checkpoint, num_classes and model arguments."
+            )
         return load(name)
+    name = name.removeprefix("timm/")
     library, _, rest = name.rpartition("/")
     base = Base(
         "torchvision" if library == "torchvision" else "timm",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -38,7 +39,41 @@ def modularise(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
 
 def _functional_nodes(model: fx.GraphModule) -> list[fx.Node]:
-    return [node for node in model.graph.nodes if _weight_path(node) is not None]
+    """Nodes that can become module calls: those of one path agree, and nothing else lives there."""
+    by_path: dict[str, list[fx.Node]] = defaultdict(list)
+    for node in model.graph.nodes:
+        path = _weight_path(node)
+        if path is not None:
+            by_path[path].append(node)
+    return [
+        n for path, nodes in by_path.items() if _is_one_module(model, path, nodes) for n in nodes
+    ]
+
+
+def _is_one_module(model: fx.GraphModule, path: str, nodes: list[fx.Node]) -> bool:
+    owner = model.get_submodule(path)
+    held = {*owner._parameters, *owner._buffers, *owner._modules}
+    settings = [
+        {key: value for key, value in _arguments(node).items() if key not in ("input", "weight")}
+        for node in nodes
+    ]
+    targets = [
+        {key: str(v.target) if isinstance(v, fx.Node) else v for key, v in setting.items()}
+        for setting in settings
+    ]
+    bias = targets[0]["bias"]
+    readers = [
+        node
+        for node in model.graph.nodes
+        for source in node.all_input_nodes
+        if source.op == "get_attr" and source.target == f"{path}.weight"
+    ]
+    return (
+        held <= {"weight", "bias"}
+        and all(target == targets[0] for target in targets)
+        and bias in (None, f"{path}.bias")
+        and all(reader in nodes for reader in readers)
+    )
 
 
 def _weight_path(node: fx.Node) -> str | None:
@@ -61,6 +96,9 @@ def _to_module(model: fx.GraphModule, node: fx.Node) -> None:
     if path is None:
         return
     arguments = _arguments(node)
+    if isinstance(model.get_submodule(path), nn.Conv2d):
+        _call(model, node, path, arguments)
+        return
     weight = model.get_parameter(f"{path}.weight")
     bias = arguments["bias"]
     conv = nn.Conv2d(
@@ -79,12 +117,16 @@ def _to_module(model: fx.GraphModule, node: fx.Node) -> None:
         conv.bias = model.get_parameter(str(bias.target))
     conv.train(model.training)
     set_module(model, path, conv)
+    _call(model, node, path, arguments)
+
+
+def _call(model: fx.GraphModule, node: fx.Node, path: str, arguments: dict[str, Any]) -> None:
     with model.graph.inserting_before(node):
         call = model.graph.call_module(path, (arguments["input"],))
         call.meta = dict(node.meta)
     node.replace_all_uses_with(call)
     model.graph.erase_node(node)
-    for source in (arguments["weight"], bias):
+    for source in (arguments["weight"], arguments["bias"]):
         if isinstance(source, fx.Node) and not source.users:
             model.graph.erase_node(source)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -30,19 +32,13 @@ _CHANNELWISE = {
     *(torch.permute, torch.transpose, torch.clone, torch.roll),
     *(Tensor.permute, Tensor.transpose, Tensor.contiguous, Tensor.clone, Tensor.to, Tensor.float),
 }
-_RESHAPES = {
-    *(torch.permute, torch.transpose, torch.reshape, torch.flatten, torch.squeeze, torch.unsqueeze),
-    *(
-        Tensor.permute,
-        Tensor.transpose,
-        Tensor.reshape,
-        Tensor.view,
-        Tensor.flatten,
-        Tensor.squeeze,
-    ),
-    *(Tensor.contiguous, Tensor.unsqueeze, Tensor.clone, Tensor.__getitem__, Tensor.chunk),
-    *(torch.chunk, torch.split, Tensor.split, F.interpolate),
+_GLOBAL_POOLS = {torch.mean, Tensor.mean, torch.amax, Tensor.amax, torch.sum, Tensor.sum}
+_GLOBAL_POOLS |= {F.adaptive_avg_pool2d, F.adaptive_max_pool2d}
+_PRODUCTS_OF_MATRICES = {
+    *(F.linear, F.conv2d, torch.conv2d, F.conv_transpose2d, torch.matmul, torch.bmm),
+    *(torch.einsum, Tensor.matmul, Tensor.__matmul__, F.scaled_dot_product_attention),
 }
+_AXIS_MOVES = {torch.permute, torch.transpose, Tensor.permute, Tensor.transpose}
 _CHANNELWISE_MODULES = (
     "Identity",
     "Drop",
@@ -53,6 +49,14 @@ _CHANNELWISE_MODULES = (
     "Upsample",
     "ZeroPad",
 )
+
+
+def _is(node: fx.Node, functions: AbstractSet[Any]) -> bool:
+    """Whether `node` calls one of `functions`, or in an exported graph the operator so named."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        name = node.target.overloadpacket.__name__
+        return any(getattr(function, "__name__", "") == name for function in functions)
+    return node.target in functions
 
 
 def neighbours_of(nodes: list[fx.Node], seen: GraphView, counts: dict[str, int]) -> Neighbours:
@@ -67,12 +71,6 @@ def neighbours_of(nodes: list[fx.Node], seen: GraphView, counts: dict[str, int])
         for name in (norm, activation)
         if name and not name.startswith(inside) and counts.get(name, 0) == len(nodes)
     )
-    private = all(
-        len(node.args) == 1
-        and len(node.args[0].users) == 1  # type: ignore[union-attr]
-        and not any(_changes_in_place(user, seen) for user in node.users)
-        for node in nodes
-    )
     return Neighbours(
         norm=norm,
         activation=activation,
@@ -82,7 +80,6 @@ def neighbours_of(nodes: list[fx.Node], seen: GraphView, counts: dict[str, int])
         tail=tail,
         tail_parameters=sum(p.numel() for name in tail for p in seen.modules[name].parameters()),
         merge=merge if merge is None or counts[merge] == len(nodes) else None,
-        private_input=private,
     )
 
 
@@ -94,13 +91,13 @@ def neighbours_of_module(path: str, seen: GraphView) -> Neighbours:
 
 
 def _around(node: fx.Node, seen: GraphView) -> tuple[str | None, ...]:
-    norm, activation, end = _tail(node, seen)
+    norm, activation = _tail(node, seen)
     channels = node.meta["shape"][-3] if len(node.meta["shape"]) >= 3 else 0
     return (
         norm,
         activation,
         _pointwise_before(node, seen),
-        _pointwise_after(end, channels, seen),
+        _pointwise_after(node, channels, seen),
         _branch(node),
         _merge(node, seen),
     )
@@ -113,41 +110,55 @@ def _agreed(values: Iterable[str | None]) -> str | None:
 
 def reads_input(node: fx.Node, seen: GraphView) -> bool:
     """Whether a path leads from the model's input to `node` through no layer with weights."""
+    if not node.args:
+        return True
     stack, visited = list(node.args), set()
     while stack:
         source = stack.pop()
         if not isinstance(source, fx.Node) or source in visited:
             continue
         visited.add(source)
-        if source.op == "placeholder":
-            return True
+        if source.op == "placeholder" or (source.op == "call_module" and not source.args):
+            return True  # a node whose sources are unknown may read the input
         if not _has_matrix(source, seen):
             stack.extend(source.args)
     return False
 
 
-def feeds_output(node: fx.Node) -> bool:
-    """Whether the model returns what `node` makes, at most reshaped."""
+def feeds_output(node: fx.Node, seen: GraphView) -> bool:
+    """Whether a path leads from `node` to the model's output through no layer that learns from it.
+
+    Layers with weights, norms and global pooling end the search; reshaping, activations,
+    upsampling and arithmetic do not.
+    """
     stack, visited = list(node.users), set()
     while stack:
         user = stack.pop()
         if user.op == "output":
             return True
-        if user not in visited and user.target in _RESHAPES:
+        ends = _has_matrix(user, seen) or _is_norm(user, seen) or _is_global_pool(user, seen)
+        if user not in visited and not ends:
             visited.add(user)
             stack.extend(user.users)
     return False
+
+
+def _is_global_pool(node: fx.Node, seen: GraphView) -> bool:
+    if node.op == "call_module":
+        name = type(seen.modules[str(node.target)]).__name__
+        return "Adaptive" in name or "GlobalPool" in name
+    return _is(node, _GLOBAL_POOLS)
 
 
 def _has_matrix(node: fx.Node, seen: GraphView) -> bool:
     if node.op == "call_module":
         module = seen.modules[str(node.target)]
         return not is_norm(module) and any(p.ndim > 1 for p in module.parameters())
-    return node.target in (F.linear, torch.conv2d, F.conv2d, torch.matmul, Tensor.__matmul__)
+    return _is(node, _PRODUCTS_OF_MATRICES)
 
 
-def _tail(node: fx.Node, seen: GraphView) -> tuple[str | None, str | None, fx.Node]:
-    """Norm and activation right behind `node`, and the last node of that chain."""
+def _tail(node: fx.Node, seen: GraphView) -> tuple[str | None, str | None]:
+    """Norm and activation right behind `node`."""
     norm = activation = None
     while (user := _next(node)) is not None:
         if norm is None and activation is None and _is_norm(user, seen):
@@ -160,7 +171,7 @@ def _tail(node: fx.Node, seen: GraphView) -> tuple[str | None, str | None, fx.No
         elif not _is_channelwise(user, seen) or _is_pool(user, seen):
             break
         node = user
-    return norm, activation, node
+    return norm, activation
 
 
 def _next(node: fx.Node) -> fx.Node | None:
@@ -168,18 +179,21 @@ def _next(node: fx.Node) -> fx.Node | None:
     users = list(node.users)
     if len(users) == 1:
         return users[0] if len(users[0].args) == 1 else None
-    products = [user for user in users if user.target in _PRODUCTS]
-    if len(products) == 1 and not any(user.target in _ADDITIONS for user in users):
+    products = [user for user in users if _is(user, _PRODUCTS)]
+    if len(products) == 1 and not any(_is(user, _ADDITIONS) for user in users):
         return products[0]
     return None
 
 
 def _pointwise_after(node: fx.Node, channels: int, seen: GraphView) -> str | None:
+    channels_last = False
     while (user := _next(node)) is not None:
         pointwise = _pointwise(user, seen)
         if pointwise is not None:
-            return str(user.target) if _reads(pointwise) == channels else None
-        gate = user.target in _PRODUCTS
+            mixes = channels_last or isinstance(pointwise, nn.Conv2d)
+            return str(user.target) if mixes and _reads(pointwise) == channels else None
+        channels_last = channels_last or _is(user, _AXIS_MOVES)
+        gate = _is(user, _PRODUCTS)
         if not (gate or _passes(user, seen)):
             return None
         node = user
@@ -211,7 +225,7 @@ def _branch(node: fx.Node) -> str | None:
         visited.add(user)
         owner = user.meta["owner"]
         inside = owner and path.startswith(f"{owner}.")
-        if user.target in _ADDITIONS and len(user.args) == 2 and inside:
+        if _is(user, _ADDITIONS) and len(user.args) == 2 and inside:
             return str(owner)
         stack.extend(user.users)
         if len(visited) > 64:
@@ -223,7 +237,7 @@ def _merge(node: fx.Node, seen: GraphView) -> str | None:
     """The module that reads the sum of a shortcut and `node`'s output behind its norm alone."""
     while len(node.users) == 1:
         (user,) = node.users
-        if user.target in _ADDITIONS and len(user.args) == 2:
+        if _is(user, _ADDITIONS) and len(user.args) == 2:
             readers = [reader for reader in user.users if reader.op == "call_module"]
             return str(readers[0].target) if readers else None
         plain_norm = _is_norm(user, seen) and not hasattr(seen.modules[_owner(user)], "act")
@@ -236,7 +250,7 @@ def _merge(node: fx.Node, seen: GraphView) -> str | None:
 def _is_drop(node: fx.Node, seen: GraphView) -> bool:
     """Whether `node` does nothing in eval mode: identity, dropout, stochastic depth."""
     if node.op != "call_module":
-        return node.target in (F.dropout, F.dropout2d)
+        return _is(node, {F.dropout, F.dropout2d})
     name = type(seen.modules[str(node.target)]).__name__
     return "Identity" in name or "Drop" in name
 
@@ -263,31 +277,24 @@ def _owner(node: fx.Node) -> str:
 def _is_norm(node: fx.Node, seen: GraphView) -> bool:
     if node.op == "call_module":
         return is_norm(seen.modules[str(node.target)])
-    return node.target in _NORM_FUNCTIONS
+    return _is(node, _NORM_FUNCTIONS)
 
 
 def _is_activation(node: fx.Node, seen: GraphView) -> bool:
     if node.op == "call_module":
         cls = type(seen.modules[str(node.target)])
         return "activation" in cls.__module__.lower() and "Attention" not in cls.__name__
-    return node.target in _ACTIVATIONS
+    return _is(node, _ACTIVATIONS)
 
 
 def _is_channelwise(node: fx.Node, seen: GraphView) -> bool:
     if node.op == "call_module":
         name = type(seen.modules[str(node.target)]).__name__
         return any(part in name for part in _CHANNELWISE_MODULES) and "Adaptive" not in name
-    return node.target in _CHANNELWISE or (node.target in _PRODUCTS and len(node.args) == 1)
+    return _is(node, _CHANNELWISE) or (_is(node, _PRODUCTS) and len(node.args) == 1)
 
 
 def _is_pool(node: fx.Node, seen: GraphView) -> bool:
     if node.op == "call_module":
         return "Pool" in type(seen.modules[str(node.target)]).__name__
-    return node.target in (F.max_pool2d, F.avg_pool2d)
-
-
-def _changes_in_place(node: fx.Node, seen: GraphView) -> bool:
-    if node.op == "call_module":
-        return bool(getattr(seen.modules[str(node.target)], "inplace", False))
-    name = getattr(node.target, "__name__", "")
-    return name.endswith("_") or (name.startswith("__i") and not name.startswith("__init"))
+    return _is(node, {F.max_pool2d, F.avg_pool2d})

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pfsurgery.errors import PolicyError, UnsupportedSiteError
 from pfsurgery.ops import get_op
-from pfsurgery.policy import KEEP, Rule, SitePolicy, Tail
+from pfsurgery.policy import KEEP, Policy, Rule, SitePolicy, Tail
 from pfsurgery.select import Patterns, Where, check_patterns, matches
 from pfsurgery.sites import Site
 from pfsurgery.structure import Structure
@@ -304,12 +304,13 @@ def make_plan(
         mixing: `"never"` keeps sites that would need a pointwise convolution.
 
     Raises:
-        PatternError: A pattern matches no site.
+        PatternError: A pattern, also one in a rule of the policy, matches no site.
     """
     sites = tuple(sites)
     if mixing not in ("auto", "never"):
         raise PolicyError(f"mixing must be 'auto' or 'never', not {mixing!r}.")
-    check_patterns(sites, include, exclude)
+    named_by_rules = [rule.name for rule in policy.rules] if isinstance(policy, Policy) else []
+    check_patterns(sites, include, exclude, *named_by_rules)
 
     def decision(site: Site) -> Decision:
         if include is not None and not matches(site, include):

@@ -144,6 +144,11 @@ def _rule_from_dict(values: object) -> Rule:
         )
     _check_keys("rule", values, tuple(f.name for f in fields(Rule) if f.name != "where"))
     name = values.get("name")
+    patterns = name if isinstance(name, list) else [name]
+    if not isinstance(values["op"], str) or not all(
+        isinstance(pattern, str) for pattern in patterns if name is not None
+    ):
+        raise PolicyError(f"A rule's op and name are text (quote them in YAML): {values!r}")
     return Rule(**{**values, "name": as_patterns(name) if name is not None else None})
 
 

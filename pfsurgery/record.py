@@ -50,6 +50,11 @@ def record(model: nn.Module) -> Record:
     return found
 
 
+def has_record(model: nn.Module) -> bool:
+    """Whether `model` itself was converted."""
+    return _read(model) is not None
+
+
 def remember(model: nn.Module, plan: Plan) -> None:
     """Add `plan` to the record on `model`."""
     before = _read(model)

@@ -67,7 +67,8 @@ def apply_plan(model: nn.Module, decisions: Iterable[Decision]) -> Undo:
         if decision.tail == "drop":
             for name in decision.site.neighbours.tail:
                 old = get_module(model, name)
-                changes.append((name, nn.Identity().train(old.training)))
+                dropped = nn.Identity().train(old.training)
+                changes += [(path, dropped) for path in _paths_of(model, old)]
     undo_list = [(name, get_module(model, name)) for name, _ in changes]
     for name, module in changes:
         set_module(model, name, module)
@@ -78,6 +79,10 @@ def undo(model: nn.Module, replaced: Undo) -> None:
     """Put back what `apply_plan` replaced."""
     for name, module in replaced:
         set_module(model, name, module)
+
+
+def _paths_of(model: nn.Module, module: nn.Module) -> list[str]:
+    return [path for path, m in model.named_modules(remove_duplicate=False) if m is module]
 
 
 def _convolution_at(model: nn.Module, decision: Decision) -> nn.Conv2d:
@@ -154,7 +159,8 @@ def _inherit(replacement: nn.Module, conv: nn.Conv2d) -> None:
     """Take over train flag and hooks, and the geometry, which a model's own code may read."""
     replacement.train(conv.training)
     for name in _GEOMETRY:
-        setattr(replacement, name, getattr(conv, name))
+        if not hasattr(replacement, name):
+            setattr(replacement, name, getattr(conv, name))
     for hooks in _HOOKS:
         setattr(replacement, hooks, getattr(conv, hooks))
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 from math import prod
 
 from torch import fx, nn
+from torch.nn.parameter import is_lazy
 
-from pfsurgery.errors import NoSitesError, WrappedModelError
+from pfsurgery.errors import NoSitesError, ShapeError, WrappedModelError
 from pfsurgery.example import Example, example_inputs
 from pfsurgery.graph import GraphView, view
 from pfsurgery.modularise import modularise
@@ -51,11 +52,18 @@ def scan(model: nn.Module, example: Example | None = None) -> tuple[Site, ...]:
 
 def refuse_wrapped(model: nn.Module) -> None:
     """Raise a WrappedModelError for a model inside DDP, FSDP or `torch.compile`."""
-    for cls in type(model).__mro__:
-        if cls.__name__ in _WRAPPERS:
-            raise WrappedModelError(
-                f"The model is wrapped by {cls.__name__}. {_WRAPPERS[cls.__name__]} "
-                f"Order: convert, then optimiser, EMA, DDP, compile."
+    for path, module in model.named_modules():
+        for cls in type(module).__mro__:
+            if cls.__name__ in _WRAPPERS:
+                raise WrappedModelError(
+                    f"{path or 'The model'} is wrapped by {cls.__name__}. "
+                    f"{_WRAPPERS[cls.__name__]} "
+                    f"Order: convert, then optimiser, EMA, DDP, compile."
+                )
+        if any(is_lazy(p) for p in module._parameters.values() if p is not None):
+            raise ShapeError(
+                f"{path or 'The model'} is lazy and has no shapes yet: run the model on one batch "
+                f"before converting it."
             )
 
 
@@ -107,7 +115,7 @@ def _site(
         positions=sum(_positions(node.meta["shape"]) for node in nodes),
         neighbours=neighbours_of(nodes, seen, counts),
         stem=any(reads_input(node, seen) for node in nodes),
-        output=any(feeds_output(node) for node in nodes),
+        output=any(feeds_output(node, seen) for node in nodes),
         blocked=_why_blocked(name, conv, seen),
     )
 
@@ -128,6 +136,9 @@ def _why_blocked(name: str, conv: nn.Module, seen: GraphView) -> str | None:
         )
     if name in seen.foreign_reads:
         return f"its weight is also read by the code of {seen.foreign_reads[name]}"
+    for path, module in seen.modules.items():
+        if module is not conv and any(p is conv.weight for p in module._parameters.values()):
+            return f"its weight is shared with {path}"
     return None
 
 

@@ -107,8 +107,6 @@ class Neighbours:
         tail_parameters: How many parameters the tail has.
         merge: Module that reads the sum of the site's output (behind its norm) and a shortcut, None
             where nothing is added or something else stands between.
-        private_input: No other operation reads the site's input and nothing changes its output in
-            place, so that an operation may return its input itself.
     """
 
     norm: str | None = None
@@ -119,7 +117,6 @@ class Neighbours:
     tail: tuple[str, ...] = ()
     tail_parameters: int = 0
     merge: str | None = None
-    private_input: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 
 import pytest
@@ -309,3 +310,109 @@ def test_a_policy_of_rules_first_match_wins():
             assert d.op == "shift"
         else:
             assert d.op == ("avg_pool" if d.site.depth >= 0.5 else "blur")
+
+
+def test_a_weight_that_a_graph_reads_twice_with_other_settings_is_left_alone():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 3, padding=1)
+            self.a = nn.Module()
+            self.a.weight = nn.Parameter(torch.randn(8, 8, 3, 3))
+            self.site = nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x):
+            x = self.stem(x)
+            y = nn.functional.conv2d(x, self.a.weight, padding=1)
+            y = y + nn.functional.conv2d(x, self.a.weight, padding=2, dilation=2)
+            return self.site(y).mean((2, 3))
+
+    traced = fx.symbolic_trace(Twice().eval())
+    x = torch.randn(1, 3, 16, 16)
+    fast = convert(traced, "maxpool_all", example=zoo.EXAMPLE, include="site")
+    fast.site = traced.site
+    torch.testing.assert_close(fast(x), traced(x))
+
+
+def test_settings_of_a_users_own_op_are_kept():
+    class Shuffle(pfsurgery.Op):
+        name = "test_shuffle"
+        summary = "test"
+
+        def build(self, site):
+            return nn.ChannelShuffle(4)
+
+    from pfsurgery.ops.base import _REGISTRY
+
+    pfsurgery.register_op(Shuffle())
+    try:
+        depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), depthwise, nn.Conv2d(8, 8, 1))
+        fast = convert(model, lambda s: None if s.stem else "test_shuffle", example=zoo.EXAMPLE)
+        assert fast[1].groups == 4
+    finally:
+        _REGISTRY.pop("test_shuffle")
+
+
+def test_dataclass_outputs_and_sizes_that_depend_on_values():
+    @dataclasses.dataclass
+    class Out:
+        logits: torch.Tensor
+
+    class Wrapped(zoo.Plain):
+        def forward(self, x):
+            return Out(super().forward(x))
+
+    class Selecting(zoo.Plain):
+        def forward(self, x):
+            y = super().forward(x)
+            return y[y > 0]
+
+    for make in (Wrapped, Selecting):
+        assert record(convert(make(), "maxpool_all", example=torch.randn(1, 3, 16, 16)))
+
+
+def test_a_model_converted_in_inference_mode_can_be_trained():
+    with torch.inference_mode():
+        fast = convert(zoo.Plain(), "maxpool_all", example=zoo.EXAMPLE)
+    fast(torch.randn(2, 3, 16, 16)).sum().backward()
+
+
+def test_code_that_reads_a_bias_is_noticed():
+    class Reads(zoo.Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense[0] = nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x):
+            x = self.dense(self.stem(x)) + self.dense[0].bias.view(1, -1, 1, 1)
+            return self.head(self.down(x).mean((2, 3)))
+
+    assert "also read by" in plan(Reads(), "maxpool_all", example=zoo.EXAMPLE)["dense.0"].reason
+
+
+def test_a_dropped_tail_goes_at_every_name():
+    class Twofold(zoo.SharedActivation):
+        def __init__(self) -> None:
+            super().__init__()
+            self.again = nn.Sequential(self.norm2)
+
+    fast = convert(Twofold(), "eff_max", example=zoo.EXAMPLE)
+    assert isinstance(fast.again[0], nn.Identity)
+    assert fast.again[0] is fast.norm2
+
+
+@pytest.mark.parametrize("policy", ["shift_all", "maxpool_all", "avgpool_all"])
+def test_export_with_free_height_and_width(policy):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU())
+    fast = convert(model, policy, example=zoo.EXAMPLE, include="1").eval()
+    free = {2: torch.export.Dim("h", min=8, max=64), 3: torch.export.Dim("w", min=8, max=64)}
+    exported = torch.export.export(fast, (torch.randn(1, 3, 32, 32),), dynamic_shapes=(free,))
+    x = torch.randn(1, 3, 17, 24)
+    torch.testing.assert_close(exported.module()(x), fast(x))
+
+
+def test_a_rule_whose_name_matches_nothing_is_an_error():
+    policy = Policy("typo", (Rule("keep", name="layer9.*"), Rule("max_pool")))
+    with pytest.raises(PatternError, match=r"layer9"):
+        plan(small(), policy)

@@ -143,3 +143,97 @@ def test_spatial_means_a_kernel_of_more_than_one_pixel():
     assert is_spatial(nn.Conv2d(1, 1, (1, 2)))
     assert not is_spatial(nn.Conv2d(1, 1, 1))
     assert not is_spatial(nn.ConvTranspose2d(1, 1, 3))
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        nn.Identity(),
+        nn.Dropout(),
+        nn.Upsample(scale_factor=2),
+        nn.Flatten(),
+        nn.Sigmoid(),
+        nn.PixelShuffle(2),
+        nn.Softmax(1),
+    ],
+)
+def test_an_output_stays_an_output_behind_what_has_no_weights(end):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1), end)
+    assert [s.output for s in scan(model, zoo.EXAMPLE)] == [False, True]
+
+
+def test_a_classifier_behind_global_pooling_makes_no_output_of_a_convolution():
+    assert not any(s.output for s in scan(timm.create_model("test_resnet", num_classes=0)))
+    assert not any(s.output for s in scan(timm.create_model("vgg11", num_classes=0)))
+
+
+def test_convolutions_are_seen_where_the_data_flow_is_lost():
+    class Lost(zoo.Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.constant = nn.Parameter(torch.randn(1, 8, 16, 16))
+            self.other = nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x):
+            x = self.stem(x)
+            y = torch.zeros(x.shape, device=x.device)
+            y[:, :] = self.dense(x)
+            y = y + self.other(self.constant)
+            return self.head(self.down(y).mean((2, 3)))
+
+    names = {s.name for s in scan(Lost(), zoo.EXAMPLE)}
+    assert names == {"stem.0", "dense.0", "other", "down.0"}
+
+
+def test_detection_models_are_scanned():
+    import torchvision
+
+    model = torchvision.models.detection.ssdlite320_mobilenet_v3_large(
+        weights=None, weights_backbone=None
+    )
+    sites = scan(model, ([torch.rand(3, 320, 320)],))
+    assert len(sites) == sum(is_spatial(m) for m in model.modules())
+    assert sum(s.stem for s in sites) == 1
+
+
+def test_values_that_decide_leave_buffers_example_and_random_state_alone():
+    class Counting(zoo.DataDependent):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, x):
+            self.calls += 1
+            x.sub_(torch.rand(1))
+            return super().forward(x)
+
+    model, x = Counting(), torch.ones(1, 3, 16, 16)
+    state = torch.get_rng_state()
+    scan(model, x)
+    assert model.calls == 0
+    assert torch.equal(x, torch.ones_like(x))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_lazy_and_tied_convolutions_are_explained():
+    with pytest.raises(ShapeError, match="run the model on one batch"):
+        scan(nn.Sequential(nn.LazyConv2d(4, 3)), zoo.EXAMPLE)
+    tied = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3)))
+    tied[2].weight = tied[1].weight
+    assert "shared with 2" in scan(tied, zoo.EXAMPLE)[1].blocked
+
+
+def test_a_linear_layer_mixes_channels_only_where_they_are_last():
+    class Rows(nn.Module):
+        def __init__(self, last: bool) -> None:
+            super().__init__()
+            self.stem, self.site = zoo.conv_norm_act(3, 16), nn.Conv2d(16, 16, 3, padding=1)
+            self.linear, self.last = nn.Linear(16, 16), last
+
+        def forward(self, x):
+            x = self.site(self.stem(x))
+            return self.linear(x.permute(0, 2, 3, 1) if self.last else x)
+
+    for last in (True, False):
+        after = site(Rows(last), "site").neighbours.pointwise_after
+        assert after == ("linear" if last else None)

@@ -38,7 +38,8 @@ def compare(
         raise typer.BadParameter("Give either --after MODEL or --policy POLICY.")
     before = options.opened(model, False, None, num_classes, model_kwarg)
     if policy is not None:
-        fast = convert(before, options.planned(before, policy, size=size))
+        chosen = options.planned(before, policy, size=size)
+        fast = convert(before, chosen, example=options.example_of(before, size))
     else:
         fast = options.opened(str(after), False, None, num_classes, model_kwarg)
     result = compare_models(

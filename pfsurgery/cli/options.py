@@ -114,6 +114,11 @@ def planned(
 ) -> Plan:
     """The plan in a JSON file, or what a policy makes of the model."""
     if policy.endswith(".json"):
+        if include or exclude or mixing != "auto":
+            raise PolicyError(
+                "A plan is carried out as it stands: --include, --exclude and --mixing go with a "
+                "policy, when the plan is made."
+            )
         try:
             return Plan.from_json(Path(policy).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:

@@ -61,7 +61,7 @@ class AvgPool(nn.Module):
         means = F.avg_pool2d(window.pad(x), window.kernel_size, window.stride)
         if window.padding_mode != "zeros":
             return means
-        ones = torch.ones_like(x[:1, :1])
+        ones = torch.ones_like(x[..., :1, :, :])
         return means / F.avg_pool2d(window.pad(ones), window.kernel_size, window.stride)
 
     def extra_repr(self) -> str:

@@ -79,7 +79,7 @@ class IdentityOp(Op):
     summary = "the input itself, subsampled where the site has a stride"
 
     def build(self, site: Site) -> nn.Module:
-        """`nn.Identity` where the output may be the input itself, else a `Subsample`."""
+        """A `Copy`, or a `Subsample` where the sizes differ."""
         window = Window.of(site.geometry)
         pads = site.geometry.pads(site.input_shape[-2:])  # type: ignore[arg-type]
         centred = all(
@@ -89,12 +89,12 @@ class IdentityOp(Op):
             )
         )
         if window.stride == (1, 1) and centred:
-            return nn.Identity() if site.neighbours.private_input else Copy()
+            return Copy()
         return Subsample(window)
 
 
 class Copy(nn.Module):
-    """The input as a new tensor, where someone else reads or changes the original."""
+    """The input as a new tensor, since what follows may change it in place."""
 
     def forward(self, x: Tensor) -> Tensor:
         """A copy of `x` (N, C, H, W)."""

@@ -67,7 +67,7 @@ class Window:
     def tap(self, padded: Tensor, position: Pair) -> Tensor:
         """What one tap of the kernel sees: a view (N, C, H', W') of the padded input."""
         rows, columns = (
-            slice(start := i * d, start + (size - (k - 1) * d - 1) // s * s + 1, s)
+            slice(i * d, size - (k - 1 - i) * d, s)
             for i, d, k, s, size in zip(
                 position,
                 self.dilation,

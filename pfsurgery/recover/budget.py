@@ -15,7 +15,7 @@ from pfsurgery.ops.bottleneck import Bottleneck
 from pfsurgery.plan import Decision, Plan
 from pfsurgery.policy import KEEP, Rule, Tell
 from pfsurgery.recover.build import set_weights, structure_of
-from pfsurgery.recover.calibration import calibration_batches, frozen_copy
+from pfsurgery.recover.calibration import calibration_batches, frozen_copy, hold_out
 from pfsurgery.recover.columns import Operation, kernel_columns
 from pfsurgery.recover.fit import Fit, Form
 from pfsurgery.recover.gram import Moments
@@ -35,6 +35,7 @@ from pfsurgery.sites import Site
 _POSITIONS = 65536
 _LARGEST_OPTION = 0.85  # of the convolution's cost; a form that saves less is not worth having
 _ROUNDS = 4
+_PRIOR = 0.02  # how much the original kernel counts where the images say little
 _PARAMETER_FREE: tuple[Form, ...] = ("columns", "waist", "bottleneck", "mixed")
 # With thin bottlenecks allowed, the mixed form is hardly ever chosen and takes longest to fit.
 _ANY: tuple[Form, ...] = ("columns", "waist", "bottleneck", "thin")
@@ -82,13 +83,13 @@ class Budget:
             images: Unlabelled images, as `pfsurgery.recover.recalibrate` takes them.
             tell: Called with a line of text as each site is done.
         """
-        batches = calibration_batches(images, model)
+        batches, judges = hold_out(calibration_batches(images, model))
         plan = mark(batches[0][:1])
         teacher = frozen_copy(model)
         sites = [d.site for d in plan if d.replaced]
         chosen = self._choose(teacher, sites, batches, tell)
         student, fits = _refit(teacher, sites, chosen, batches, tell)
-        polish(student, teacher, batches, tell)
+        polish(student, teacher, batches, judges, tell)
         final = Plan(self.name, tuple(_decided(d, chosen, fits) for d in plan))
         return _dressed(student, model), final
 
@@ -191,17 +192,18 @@ def _options(
     ops: Sequence[Operation],
     forms: Iterable[Form],
 ) -> list[Option]:
+    moments = columns.with_linear_target(_kernel(teacher, site, ops))
+    prepared = site_moments(moments, _readout(teacher, site).weights, ops, reuse=_reuse(site))
+    return site_options(prepared, _LARGEST_OPTION * site.geometry.macs_per_position, tuple(forms))
+
+
+def _kernel(teacher: nn.Module, site: Site, ops: Sequence[Operation]) -> Tensor:
     conv = teacher.get_submodule(site.name)
     if not isinstance(conv, nn.Conv2d):
         raise RecordMismatchError(
             f"{site.name} is no convolution; was the model converted already?"
         )
-    moments = columns.with_linear_target(
-        kernel_columns(conv.weight.detach().cpu(), ops),
-        None if conv.bias is None else conv.bias.detach().cpu(),
-    )
-    prepared = site_moments(moments, _readout(teacher, site).weights, ops, reuse=_reuse(site))
-    return site_options(prepared, _LARGEST_OPTION * site.geometry.macs_per_position, tuple(forms))
+    return kernel_columns(conv.weight.detach().cpu(), ops)
 
 
 def _readout(teacher: nn.Module, site: Site) -> Readout:
@@ -228,7 +230,8 @@ def _refit(
             continue
         ops = site_operations(site)
         how: Readout = _readout(teacher, site)
-        moments = refit_moments(teacher, student, site, batches, ops, how, _POSITIONS)
+        seen = refit_moments(teacher, student, site, batches, ops, how, _POSITIONS)
+        moments = seen.with_prior(_kernel(teacher, site, ops), _PRIOR)
         fit = fit_option(
             site_moments(moments, how.weights, ops, reuse=_reuse(site)), option, rounds=_ROUNDS
         )

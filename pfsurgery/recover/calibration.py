@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from pfsurgery.batches import unlabelled_images
 from pfsurgery.errors import DataError
+
+_FEWEST = 64
 
 
 def calibration_batches(images: Any, model: nn.Module) -> list[Tensor]:
@@ -29,6 +32,15 @@ def calibration_batches(images: Any, model: nn.Module) -> list[Tensor]:
     if not batches:
         raise DataError("images= holds no batch; give at least one.")
     return batches
+
+
+def hold_out(batches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Batches to fit to, and a tenth of the images to judge by; all serve for both if few."""
+    if sum(len(batch) for batch in batches) < _FEWEST:
+        return list(batches), list(batches)
+    cuts = [len(batch) - max(1, round(len(batch) / 10)) for batch in batches]
+    fitted = [batch[:cut] for batch, cut in zip(batches, cuts, strict=True) if cut]
+    return fitted, [batch[cut:] for batch, cut in zip(batches, cuts, strict=True)]
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:

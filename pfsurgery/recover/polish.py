@@ -28,24 +28,32 @@ def distance(original: Tensor, edited: Tensor) -> float:
     return float(gap / spread.clamp(min=1e-12))
 
 
-def polish(student: nn.Module, teacher: nn.Module, batches: Sequence[Tensor], tell: Tell) -> None:
+def polish(
+    student: nn.Module,
+    teacher: nn.Module,
+    batches: Sequence[Tensor],
+    judges: Sequence[Tensor],
+    tell: Tell,
+) -> None:
     """Re-estimate norm statistics and refit the classifier, in place, where it helps.
 
-    Re-estimated norms hurt after very small budgets, so neither step is taken on trust.
+    Re-estimated norms hurt after very small budgets, and a refitted classifier may know nothing but
+    the images that it was fitted to, so neither step is taken on trust.
 
     Args:
         student: The fitted network, in eval mode.
         teacher: The original, in eval mode.
-        batches: Images (N, C, H, W), one batch each.
+        batches: Images (N, C, H, W) to fit to, one batch each.
+        judges: Images to judge by.
         tell: Called with a line of text for each step that was kept.
     """
-    wanted = outputs(teacher, batches)
+    wanted = outputs(teacher, judges)
 
     def attempt(name: str, change: Callable[[], object]) -> None:
         before = {key: value.clone() for key, value in student.state_dict().items()}
-        away = distance(wanted, outputs(student, batches))
+        away = distance(wanted, outputs(student, judges))
         change()
-        now = distance(wanted, outputs(student, batches))
+        now = distance(wanted, outputs(student, judges))
         if now < away:
             tell(f"{name}: distance to the original {away:.4f} -> {now:.4f}")
         else:
@@ -54,7 +62,8 @@ def polish(student: nn.Module, teacher: nn.Module, batches: Sequence[Tensor], te
     attempt("norms re-estimated", lambda: recalibrate(student, list(batches)))
     classifier = _classifier(teacher, wanted)
     if classifier is not None:
-        attempt("classifier refitted", lambda: _refit(student, wanted, classifier, batches))
+        goal = outputs(teacher, batches)
+        attempt("classifier refitted", lambda: _refit(student, goal, classifier, batches))
 
 
 def _classifier(teacher: nn.Module, wanted: Tensor) -> str | None:

@@ -15,7 +15,7 @@ from pfsurgery.neighbours import neighbours_of_module
 from pfsurgery.plan import Decision
 from pfsurgery.policy import Tell
 from pfsurgery.record import record
-from pfsurgery.recover.calibration import calibration_batches, frozen_copy
+from pfsurgery.recover.calibration import calibration_batches, frozen_copy, hold_out
 from pfsurgery.recover.capture import capture
 from pfsurgery.recover.gram import Moments, MomentSum, sample_positions
 from pfsurgery.recover.linalg import ridge_gcv
@@ -76,7 +76,7 @@ def reconstruct(
         DataError: There is no image, or a value is not finite.
     """
     decisions = [d for plan in record(model).plans for d in plan.replaced]
-    batches = calibration_batches(images, model)
+    batches, judges = hold_out(calibration_batches(images, model))
     student, original = frozen_copy(model), frozen_copy(teacher)
     recalibrate(student, batches)
     seen = view(original, (batches[0][:1],))
@@ -94,7 +94,7 @@ def reconstruct(
         refit = _refit(student, original, decision.site.name, name, twin, around, batches)
         done.append(refit)
         tell(f"{refit.site}: {name} refitted, error {refit.before:.3f} -> {refit.after:.3f}")
-    polish(student, original, batches, tell)
+    polish(student, original, batches, judges, tell)
     model.load_state_dict(student.state_dict())
     return tuple(done)
 
