@@ -23,7 +23,7 @@ NETWORK = Base(
     {"num_classes": 10, "channels": [16, 32, 64, 128], "layers": [2, 3, 2, 1]},
 )
 TRAINING = {"epochs": 8, "lr": 3e-3, "weight_decay": 0.05, "label_smoothing": 0.1}
-RECOVERY = {"epochs": 6, "lr": 2e-3}
+RECOVERY = {"epochs": 6, "lr": 1e-3}
 
 
 def run(

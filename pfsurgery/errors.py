@@ -54,10 +54,6 @@ class NoEffectWarning(UserWarning):
     """A conversion changed nothing."""
 
 
-class CountWarning(UserWarning):
-    """An operation could not be counted."""
-
-
 def closest(name: str, known: Iterable[str], most: int = 5) -> str:
     """Names in `known` that look like `name`, as the tail of an error message."""
     names = sorted(known)

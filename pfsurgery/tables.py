@@ -20,7 +20,7 @@ def render(what: RenderableType, width: int = 140) -> str:
     """A Rich renderable as plain text, at most `width` columns wide."""
     text = StringIO()
     Console(file=text, width=width, color_system=None).print(what)
-    return text.getvalue().rstrip("\n")
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def amount(number: float) -> str:

@@ -17,7 +17,7 @@ from pfsurgery.cli.finetune import finetune
 from pfsurgery.cli.listing import ops, policies
 from pfsurgery.cli.plan import plan
 from pfsurgery.cli.scan import scan
-from pfsurgery.errors import CountWarning, NoEffectWarning, SurgeryError
+from pfsurgery.errors import NoEffectWarning, SurgeryError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def _show_warning(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
-    if issubclass(category, NoEffectWarning | CountWarning):
+    if issubclass(category, NoEffectWarning):
         Console(stderr=True, soft_wrap=True).print(f"[yellow]Note:[/] {_escaped(str(message))}")
 
 

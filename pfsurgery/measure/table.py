@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import StringIO
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -58,9 +57,6 @@ def rich_table(title: str, columns: Sequence[str], rows: Sequence[Row], notes: l
 
 def text(content: Group) -> str:
     """`content` as plain text, 100 columns wide."""
-    from rich.console import Console
+    from pfsurgery.tables import render
 
-    console = Console(file=StringIO(), width=_WIDTH, color_system=None)
-    with console.capture() as captured:
-        console.print(content)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+    return render(content, width=_WIDTH)

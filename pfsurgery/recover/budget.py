@@ -50,19 +50,18 @@ class Budget:
     Attributes:
         macs: Multiply-adds of one image, absolute or a share of the model's, None if free.
         params: Parameters, absolute or a share, None if free.
-        thin: Also consider a dense convolution between reduced widths, which is not
-            parameter-free.
+        forms: Which bottlenecks are considered, see `pfsurgery.structure.Structure`.
     """
 
     macs: Amount | None = None
     params: Amount | None = None
-    thin: bool = True
+    forms: tuple[Form, ...] = _ANY
 
     @property
     def name(self) -> str:
         """What plans call the policy."""
         limit = f"macs={self.macs}" if self.macs is not None else f"params={self.params}"
-        return f"budget({limit}{'' if self.thin else ', thin=False'})"
+        return f"budget({limit}{'' if 'thin' in self.forms else ', thin=False'})"
 
     def decide(self, site: Site) -> Rule | None:
         """Every site that can be fitted takes part."""
@@ -102,9 +101,8 @@ class Budget:
         moments = input_moments(teacher, sites, batches, ops, _POSITIONS)
         choices: dict[str, list[Option | None]] = {}
         points: dict[str, list[tuple[float, float]]] = {}
-        forms = _ANY if self.thin else _PARAMETER_FREE
         for site, columns, o in zip(sites, moments, ops, strict=True):
-            found = _options(teacher, site, columns, o, forms)
+            found = _options(teacher, site, columns, o, self.forms)
             choices[site.name] = [None, *found]
             points[site.name] = [(self._cost(site, option), 0.0) for option in [None]]
             points[site.name] += [(self._cost(site, o), o.error) for o in found]
@@ -168,7 +166,7 @@ def budget(
     if (macs is None) == (params is None):
         raise PolicyError('A budget has one limit: budget(macs="25%") or budget(params="40%").')
     _absolute(macs if macs is not None else params, 1.0)
-    return Budget(macs, params, thin)
+    return Budget(macs, params, _ANY if thin else _PARAMETER_FREE)
 
 
 def _absolute(amount: Amount | None, whole: float) -> float:

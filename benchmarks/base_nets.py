@@ -1,0 +1,207 @@
+"""Trains the base networks of the recovery benchmarks on CIFAR-10 and caches them.
+
+Run as a script to train what is missing; import `load_net` and `load_images` to use the cache:
+
+    python benchmarks/base_nets.py --data DIR --cache DIR --net basic
+
+`DIR` of the data holds `train.tar` and `val.tar`, JPEG files in one folder a class. Accuracy is
+counted on all 10,000 validation images. Two free cores need about fifteen minutes a network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import Tensor, nn
+
+CACHE = Path(__file__).parent / "cache"
+MEAN = (0.4914, 0.4822, 0.4465)
+STD = (0.2470, 0.2435, 0.2616)
+# Cycles of training: peak rate, side of the random crops in each epoch (small ones are faster).
+CYCLES: dict[str, tuple[tuple[float, tuple[int, ...]], ...]] = {
+    "basic": ((0.15, (24, 24, 24, 24, 32, 32)), (0.1, (32, 32, 32, 32, 32))),
+    "bottleneck": ((0.15, (24, 24, 24, 24, 32, 32)), (0.1, (32, 32, 32, 32, 32))),
+    "depthwise": ((0.15, (24, 24, 24, 24, 32, 32)), (0.1, (32, 32, 32, 32, 32))),
+}
+
+
+def build(net: str) -> nn.Module:
+    """An untrained base network for (N, 3, 32, 32) images and 10 classes."""
+    if net == "depthwise":
+        model = timm.create_model("mobilenetv2_050", num_classes=10)
+        model.conv_stem.stride = (1, 1)
+        model.blocks[1][0].conv_dw.stride = (1, 1)
+        return model
+    if net == "basic":
+        model = ResNet(BasicBlock, (2, 2, 2, 1), num_classes=10, channels=(64, 96, 128, 256))
+    elif net == "bottleneck":
+        model = ResNet(Bottleneck, (2, 2, 2, 1), num_classes=10, channels=(32, 64, 128, 256))
+    else:
+        raise SystemExit(f"no base network {net!r}: there are {', '.join(CYCLES)}")
+    model.conv1 = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    return model
+
+
+def _decode(path: Path) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, 32, 32) uint8 and labels (N,) of a tar file with one folder a class."""
+    with tarfile.open(path) as tar:
+        names = sorted(m.name for m in tar.getmembers() if m.isfile())
+        classes = sorted({Path(name).parts[-2] for name in names})
+        images = np.empty((len(names), 3, 32, 32), dtype=np.uint8)
+        labels = torch.empty(len(names), dtype=torch.long)
+        place = {name: i for i, name in enumerate(names)}
+        for member in tar:
+            if not member.isfile():
+                continue
+            i = place[member.name]
+            file = tar.extractfile(member)
+            assert file is not None
+            with Image.open(io.BytesIO(file.read())) as image:
+                images[i] = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+            labels[i] = classes.index(Path(member.name).parts[-2])
+    return torch.from_numpy(images), labels
+
+
+def load_images(split: str, data: Path | None = None, cache: Path = CACHE) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, 32, 32) uint8 and labels (N,) of `split` ("train" or "val"), shuffled once."""
+    stored = cache / f"cifar10_{split}.pt"
+    if not stored.exists():
+        if data is None:
+            raise SystemExit(f"{stored} is not there yet: say where CIFAR-10 is (--data DIR)")
+        cache.mkdir(parents=True, exist_ok=True)
+        images, labels = _decode(data / f"{split}.tar")
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+        torch.save({"images": images[order], "labels": labels[order]}, stored)
+    both = torch.load(stored)
+    return both["images"], both["labels"]
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Float images (N, 3, H, W), channels last, zero mean and unit variance, of uint8 images."""
+    mean = torch.tensor(MEAN).view(3, 1, 1)
+    std = torch.tensor(STD).view(3, 1, 1)
+    scaled = images.float().div_(255).sub_(mean).div_(std)
+    return scaled.contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 500) -> float:
+    """Top-1 accuracy in percent on uint8 images."""
+    model.eval()
+    right = sum(
+        int((model(normalise(x)).argmax(1) == y).sum())
+        for x, y in zip(images.split(batch), labels.split(batch), strict=True)
+    )
+    return 100 * right / len(labels)
+
+
+def _augment(images: Tensor, size: int, generator: torch.Generator, pad: int = 2) -> Tensor:
+    """Random crops (N, 3, size, size) of zero-padded uint8 images, half of them mirrored."""
+    n, _, h, w = images.shape
+    padded = F.pad(images, (pad, pad, pad, pad))
+    rows = torch.randint(0, h + 2 * pad - size + 1, (n, 1), generator=generator)
+    columns = torch.randint(0, w + 2 * pad - size + 1, (n, 1), generator=generator)
+    rows, columns = rows + torch.arange(size), columns + torch.arange(size)
+    flip = torch.rand(n, 1, generator=generator) < 0.5
+    columns = torch.where(flip, columns.flip(1), columns)
+    image = torch.arange(n)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(
+        0, 3, 1, 2
+    )
+
+
+def _cycle(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    rate: float,
+    sizes: tuple[int, ...],
+    generator: torch.Generator,
+) -> None:
+    """One cycle of SGD with a one-cycle schedule, an epoch for each crop size."""
+    batch = 128
+    steps = len(labels) // batch
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    optimiser = torch.optim.SGD(
+        [{"params": decayed, "weight_decay": 5e-4}, {"params": rest, "weight_decay": 0.0}],
+        lr=rate,
+        momentum=0.9,
+        nesterov=True,
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, rate, total_steps=steps * len(sizes), pct_start=0.25
+    )
+    start = time.perf_counter()
+    for epoch, size in enumerate(sizes):
+        model.train()
+        total = 0.0
+        order = torch.randperm(len(labels), generator=generator)
+        for index in order[: steps * batch].split(batch):
+            x = normalise(_augment(images[index], size, generator))
+            loss = F.cross_entropy(model(x), labels[index], label_smoothing=0.05)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+            total += float(loss.detach())
+        seconds = time.perf_counter() - start
+        print(
+            f"epoch {epoch + 1}/{len(sizes)} loss {total / steps:.3f} {seconds:.0f} s", flush=True
+        )
+
+
+def train(net: str, data: Path | None = None, cache: Path = CACHE) -> nn.Module:
+    """Trains base network `net` and stores it; its accuracy goes into a JSON file beside it."""
+    torch.manual_seed(0)
+    images, labels = load_images("train", data, cache)
+    val = load_images("val", data, cache)
+    model = build(net).to(memory_format=torch.channels_last)
+    start = time.perf_counter()
+    for seed, (rate, sizes) in enumerate(CYCLES[net]):
+        print(f"{net}, cycle {seed + 1} of {len(CYCLES[net])}", flush=True)
+        _cycle(model, images, labels, rate, sizes, torch.Generator().manual_seed(seed))
+    top1 = accuracy(model, *val)
+    torch.save(model.state_dict(), cache / f"{net}.pt")
+    epochs = sum(len(sizes) for _, sizes in CYCLES[net])
+    facts = {"top1": top1, "epochs": epochs, "seconds": time.perf_counter() - start}
+    (cache / f"{net}.json").write_text(json.dumps(facts, indent=1))
+    print(f"{net}: {top1:.2f} % of {len(val[1])} validation images", flush=True)
+    return model.eval()
+
+
+def load_net(net: str, data: Path | None = None, cache: Path = CACHE) -> nn.Module:
+    """The trained base network `net` in eval mode, from the cache or trained now."""
+    stored = cache / f"{net}.pt"
+    if not stored.exists():
+        return train(net, data, cache)
+    model = build(net)
+    model.load_state_dict(torch.load(stored))
+    return model.to(memory_format=torch.channels_last).eval()
+
+
+def main() -> None:
+    """Trains the named base networks that are not in the cache yet."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, default=CACHE)
+    parser.add_argument("--net", choices=list(CYCLES), action="append")
+    args = parser.parse_args()
+    for net in args.net or list(CYCLES):
+        load_net(net, args.data, args.cache)
+
+
+if __name__ == "__main__":
+    main()
