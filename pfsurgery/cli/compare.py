@@ -41,7 +41,9 @@ def compare(
         chosen = options.planned(before, policy, size=size)
         fast = convert(before, chosen, example=options.example_of(before, size))
     else:
-        fast = options.opened(str(after), False, None, num_classes, model_kwarg)
+        saved = Path(str(after)).is_dir()  # a saved model has arguments of its own
+        classes, kwargs = (None, None) if saved else (num_classes, model_kwarg)
+        fast = options.opened(str(after), False, None, classes, kwargs)
     result = compare_models(
         before,
         fast,
