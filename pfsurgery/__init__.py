@@ -9,7 +9,15 @@ from pfsurgery.ops import Op, Support, list_ops, register_op
 from pfsurgery.plan import Decision, Plan
 from pfsurgery.policy import Policy, Rule, get_policy, list_policies, register_policy
 from pfsurgery.record import Record, record
-from pfsurgery.recover import FinetuneConfig, budget, evaluate, finetune, recalibrate, reconstruct
+from pfsurgery.recover import (
+    FinetuneConfig,
+    bare,
+    budget,
+    evaluate,
+    finetune,
+    recalibrate,
+    reconstruct,
+)
 from pfsurgery.scan import scan
 from pfsurgery.sites import Geometry, Neighbours, Site, register_convolution
 
@@ -31,6 +39,7 @@ __all__ = [
     "Site",
     "Support",
     "SurgeryError",
+    "bare",
     "budget",
     "compare",
     "convert",

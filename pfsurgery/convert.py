@@ -131,7 +131,7 @@ def _marker(
     """A function from an image to a plan: which sites `policy` may fit, why others are kept."""
 
     def mark(image: Example) -> Plan:
-        sites = scan(model, image if example is None else example)
+        sites = scan(model, image if example is None else example, pointwise=policy.pointwise)
         return make_plan(sites, policy, include=include, exclude=exclude, where=where)
 
     return mark

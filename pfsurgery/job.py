@@ -170,7 +170,7 @@ def _surgery(
     example = images[0][:1]
     if not isinstance(policy, Plan):
         fitted: nn.Module = step(
-            "fitted to a budget",
+            "fitted to images",
             lambda: convert(original, policy, example=example, images=images, tell=tell),
             original,
         )

@@ -51,7 +51,8 @@ class Decision:
     def label(self) -> str:
         """The op with what stands behind it: `max_pool`, `max_pool+pointwise`, `keep`."""
         if self.structure is not None:
-            return f"{self.op}: {self.structure}"
+            shown = str(self.structure)
+            return shown if shown.startswith(self.op) else f"{self.op}: {shown}"
         return f"{self.op}+pointwise" if self.pointwise else self.op
 
     @property
@@ -61,7 +62,8 @@ class Decision:
             return 0
         geometry = self.site.geometry
         if self.structure is not None:
-            return geometry.parameters - self.structure.parameters(geometry)
+            saved = geometry.parameters - self.structure.parameters(geometry)
+            return saved + (self.site.neighbours.tail_parameters if self.tail == "drop" else 0)
         kept = geometry.parameters if get_op(self.op).keeps_convolution else 0
         if self.pointwise:
             kept = self._pointwise_macs + (geometry.out_channels if geometry.bias else 0)
@@ -191,7 +193,8 @@ class Plan:
         rule = Rule(op, tail=tail)
         if op != KEEP and get_op(op).fitted:
             raise UnsupportedSiteError(
-                f"{op} is fitted to images: convert with policy=pfsurgery.budget(...) and images=."
+                f"{op} is fitted to images: convert with policy=pfsurgery.budget(...) or "
+                f"pfsurgery.bare() and images=."
             )
 
         def chosen(site: Site) -> Decision:

@@ -199,6 +199,10 @@ class SitePolicy(Protocol):
 class DataPolicy(SitePolicy, Protocol):
     """A policy that fits what it chooses to images, such as `budget`."""
 
+    @property
+    def pointwise(self) -> bool:
+        """Whether 1x1 convolutions are sites too."""
+
     def convert(
         self, model: nn.Module, mark: Callable[[Tensor], Plan], images: Any, tell: Tell
     ) -> tuple[nn.Module, Plan]:

@@ -11,7 +11,7 @@ from torch import nn
 from pfsurgery.errors import RecordMismatchError, UnsupportedSiteError
 from pfsurgery.modules import get_module, set_module
 from pfsurgery.ops import get_op
-from pfsurgery.ops.bottleneck import Bottleneck
+from pfsurgery.ops.bottleneck import fitted_module
 from pfsurgery.plan import Decision
 from pfsurgery.sites import geometry_of
 
@@ -107,8 +107,8 @@ def _convolution_at(model: nn.Module, decision: Decision) -> nn.Conv2d:
 
 def _build(decision: Decision, conv: nn.Conv2d) -> nn.Module:
     if decision.structure is not None:
-        bottleneck = Bottleneck(decision.site.geometry, decision.structure)
-        return bottleneck.to(conv.weight.device, conv.weight.dtype)
+        fitted = fitted_module(decision.site.geometry, decision.structure)
+        return fitted.to(conv.weight.device, conv.weight.dtype)
     op = get_op(decision.op)
     module = op.build(decision.site).to(conv.weight.device)
     if op.keeps_convolution:

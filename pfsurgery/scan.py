@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 from math import prod
 
@@ -25,7 +26,9 @@ _WRAPPERS = {
 }
 
 
-def scan(model: nn.Module, example: Example | None = None) -> tuple[Site, ...]:
+def scan(
+    model: nn.Module, example: Example | None = None, *, pointwise: bool = False
+) -> tuple[Site, ...]:
     """Find every spatial convolution of `model`, in the order of execution.
 
     The model itself is neither run nor changed: a shadow of it, without weights, runs once.
@@ -33,6 +36,7 @@ def scan(model: nn.Module, example: Example | None = None) -> tuple[Site, ...]:
     Args:
         model: Any `nn.Module`, or a `torch.fx.GraphModule`.
         example: A tensor (N, C, H, W) or a tuple of arguments; see `example_inputs`.
+        pointwise: Find the ungrouped 1x1 convolutions too.
 
     Raises:
         WrappedModelError: The model is wrapped by DDP, FSDP or `torch.compile`.
@@ -41,7 +45,7 @@ def scan(model: nn.Module, example: Example | None = None) -> tuple[Site, ...]:
     """
     refuse_wrapped(model)
     seen = view(modularise(model), example_inputs(model, example))
-    sites = _sites_of(seen)
+    sites = _sites_of(seen, is_convolution if pointwise else is_spatial)
     if not sites:
         raise NoSitesError(
             f"{type(model).__name__} has no spatial convolution (kernel larger than one pixel) "
@@ -72,13 +76,18 @@ def is_spatial(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1
 
 
-def _sites_of(seen: GraphView) -> list[Site]:
+def is_convolution(module: nn.Module) -> bool:
+    """Whether `module` is a 2-D convolution that is spatial, or 1x1 and ungrouped."""
+    return isinstance(module, nn.Conv2d) and (max(module.kernel_size) > 1 or module.groups == 1)
+
+
+def _sites_of(seen: GraphView, wanted: Callable[[nn.Module], bool]) -> list[Site]:
     calls: dict[str, list[fx.Node]] = defaultdict(list)
     counts: dict[str, int] = defaultdict(int)
     for node in seen.graph.nodes:
         if node.op == "call_module":
             counts[node.target] += 1
-            if is_spatial(seen.modules[node.target]):
+            if wanted(seen.modules[node.target]):
                 calls[node.target].append(node)
     aliases: dict[int, list[str]] = defaultdict(list)
     for path, module in _all_named_modules(seen.modules[""]):

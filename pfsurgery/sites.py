@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 Pair = tuple[int, int]
-Kind = Literal["depthwise", "grouped", "dense"]
+Kind = Literal["depthwise", "grouped", "dense", "pointwise"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +42,9 @@ class Geometry:
 
     @property
     def kind(self) -> Kind:
-        """`"depthwise"` (a filter a channel), `"grouped"` or `"dense"`."""
+        """`"depthwise"` (a filter a channel), `"grouped"`, `"dense"` or `"pointwise"` (1x1)."""
         if self.groups == 1:
-            return "dense"
+            return "pointwise" if self.kernel_size == (1, 1) else "dense"
         return "depthwise" if self.groups == self.in_channels else "grouped"
 
     @property
@@ -158,7 +158,7 @@ class Site:
 
     @property
     def kind(self) -> Kind:
-        """`"depthwise"`, `"grouped"` or `"dense"`."""
+        """`"depthwise"`, `"grouped"`, `"dense"`, or `"pointwise"` where those were asked for."""
         return self.geometry.kind
 
     @property

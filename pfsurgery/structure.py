@@ -37,9 +37,9 @@ class Structure:
     Attributes:
         form: `"columns"` (parameter-free columns of the input, one product), `"waist"` (two
             products), `"bottleneck"` (reduce, one operation a channel, expand), `"mixed"` (reduce,
-            columns, waist, expand), `"thin"` (a dense convolution between reduced widths) or
-            `"low_rank"` (a dense convolution to few channels, expand). The last two are not
-            parameter-free.
+            columns, waist, expand), `"thin"` (a dense convolution between reduced widths),
+            `"low_rank"` (a dense convolution to few channels, expand; these two are not
+            parameter-free) or `"bare"` (one operation a channel and no product).
         reduce: Width of the pointwise reduction in front, None without one.
         runs: The columns, sorted by operation; empty for the dense forms.
         waist: Width of the first product, None without one.
@@ -64,12 +64,16 @@ class Structure:
 
     def macs_per_position(self, geometry: Geometry) -> int:
         """Multiply-adds at one output position; the reduction runs at input positions."""
+        if self.form == "bare":
+            return 0
         reuse = geometry.stride[0] * geometry.stride[1]
         reduction = geometry.in_channels * self.reduce * reuse if self.reduce else 0
         return reduction + self._products(geometry)
 
     def parameters(self, geometry: Geometry) -> int:
         """Weights and biases."""
+        if self.form == "bare":
+            return 0
         reduction = geometry.in_channels * self.reduce if self.reduce else 0
         return reduction + self._products(geometry) + geometry.out_channels
 

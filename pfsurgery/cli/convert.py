@@ -25,8 +25,9 @@ def convert(
     macs: options.Macs = None,
     params: options.Params = None,
     thin: options.Thin = True,
+    pointwise: options.Pointwise = False,
     data: Annotated[
-        str | None, typer.Option(help="For --policy budget: images, labels are not used.")
+        str | None, typer.Option(help="For --policy budget or bare: images, labels are not used.")
     ] = None,
     number: Annotated[int, typer.Option("--images", help="How many of them.", min=1)] = 2000,
     include: options.Include = None,
@@ -49,6 +50,7 @@ def convert(
         macs=macs,
         params=params,
         thin=thin,
+        pointwise=pointwise,
         size=size,
         include=include,
         exclude=exclude,

@@ -14,7 +14,8 @@ from pfsurgery.convert import plan as make_plan
 from pfsurgery.errors import PolicyError, ShapeError
 from pfsurgery.models import open_model
 from pfsurgery.plan import Plan
-from pfsurgery.recover import Budget, budget
+from pfsurgery.policy import DataPolicy
+from pfsurgery.recover import bare, budget
 
 Model = Annotated[
     str,
@@ -59,6 +60,9 @@ Thin = Annotated[
     typer.Option(
         "--thin/--no-thin", help="For --policy budget: allow thin dense convolutions too."
     ),
+]
+Pointwise = Annotated[
+    bool, typer.Option("--pointwise", help="For --policy budget: 1x1 convolutions take part too.")
 ]
 Mixing = Annotated[
     str, typer.Option(help="never: keep sites that would need a pointwise convolution.")
@@ -140,13 +144,18 @@ def chosen(
     macs: str | None = None,
     params: str | None = None,
     thin: bool = True,
+    pointwise: bool = False,
     **selection: Any,
-) -> Plan | Budget:
-    """The budget that the options describe, or the plan; see `planned`."""
+) -> Plan | DataPolicy:
+    """The policy fitted to images that the options describe, or the plan; see `planned`."""
     if policy == "budget":
-        return budget(macs, params, thin=thin)
+        return budget(macs, params, thin=thin, pointwise=pointwise)
+    if pointwise:
+        raise PolicyError("--pointwise goes with --policy budget.")
     if macs is not None or params is not None:
         raise PolicyError("--macs and --params go with --policy budget.")
+    if policy == "bare":
+        return bare()
     return planned(model, policy, **selection)
 
 

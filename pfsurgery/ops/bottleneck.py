@@ -23,10 +23,25 @@ class Columns(nn.Module):
     Each column is one channel under one operation: a tap of the kernel (a shift; zeros move in),
     the average (padded zeros left out) or the maximum (padding never wins) of a rectangle of taps.
     Columns of one operation are neighbours, so each operation works on one run of channels.
+
+    Args:
+        geometry: Of the convolution.
+        runs: The columns, sorted by operation.
+        in_order: Sort the columns by channel again, for a site that keeps its channels.
     """
 
-    def __init__(self, geometry: Geometry, runs: tuple[Run, ...]) -> None:
+    order: Tensor | None
+
+    def __init__(
+        self, geometry: Geometry, runs: tuple[Run, ...], *, in_order: bool = False
+    ) -> None:
         super().__init__()
+        channels = torch.tensor([channel for run in runs for channel in run.channels])
+        order = channels.argsort(stable=True)
+        sorted_already = bool((order == torch.arange(len(order))).all())
+        self.register_buffer(
+            "order", order if in_order and not sorted_already else None, persistent=False
+        )
         self.geometry = geometry
         self.window = Window.of(geometry)
         self.runs = runs
@@ -38,7 +53,7 @@ class Columns(nn.Module):
                 )
 
     def forward(self, x: Tensor) -> Tensor:
-        """The columns, operation by operation."""
+        """The columns, operation by operation or in the channels' order."""
         padded = self.window.pad(x)
         columns = []
         for place, run in enumerate(self.runs):
@@ -46,7 +61,10 @@ class Columns(nn.Module):
                 columns.append(self._channels(self.window.tap(padded, (run.top, run.left)), place))
             else:
                 columns.append(self._pooled(self._channels(x, place), run))
-        return in_layout_of(x, torch.cat(columns, dim=1))
+        joined = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+        if self.order is not None:
+            joined = joined.index_select(1, self.order)
+        return in_layout_of(x, joined)
 
     def _channels(self, x: Tensor, place: int) -> Tensor:
         index = getattr(self, f"channels_{place}", None)
@@ -121,6 +139,13 @@ class Bottleneck(nn.Module):
         return expanded
 
 
+def fitted_module(geometry: Geometry, structure: Structure) -> nn.Module:
+    """The module of a fitted site, its weights still to be set."""
+    if structure.form == "bare":
+        return Columns(geometry, structure.runs, in_order=True)
+    return Bottleneck(geometry, structure)
+
+
 class MixedOp(Op):
     """Parameter-free columns chosen from data, between pointwise convolutions."""
 
@@ -129,9 +154,9 @@ class MixedOp(Op):
     fitted = True
 
     def supports(self, site: Site) -> Support:
-        """Dense convolutions with plain weights and zero padding."""
-        if site.kind != "dense":
-            return Support(f"bottlenecks are fitted to dense convolutions, this is {site.kind}")
+        """Convolutions that mix channels, with plain weights and zero padding."""
+        if site.kind == "depthwise":
+            return Support("a product would cost more than this depthwise convolution")
         if site.module not in _PLAIN:
             return Support(f"{site.module} computes its weights, which are not read")
         if site.geometry.padding_mode != "zeros":
@@ -141,7 +166,7 @@ class MixedOp(Op):
     def build(self, site: Site) -> nn.Module:
         """Raises an UnsupportedSiteError: without a structure there is nothing to build."""
         raise UnsupportedSiteError(
-            f"{site.name}: {self.name} needs a structure, which the policy budget fits to images."
+            f"{site.name}: {self.name} needs a structure, which is fitted to images (see budget)."
         )
 
 
@@ -152,5 +177,28 @@ class ThinOp(MixedOp):
     summary = "a dense convolution between reduced widths (policy budget); has parameters"
 
 
+class BareOp(MixedOp):
+    """One parameter-free operation a channel; the pointwise layer that follows is refitted."""
+
+    name = "bare"
+    summary = "one operation a channel, chosen from data; the next pointwise is refitted"
+
+    def supports(self, site: Site) -> Support:
+        """Sites that keep their channels and have a pointwise layer behind them."""
+        geometry, around = site.geometry, site.neighbours
+        if geometry.in_channels != geometry.out_channels:
+            return Support("the number of channels changes")
+        if site.kind not in ("dense", "depthwise"):
+            return Support(f"one operation a channel does not stand for a {site.kind} convolution")
+        if around.pointwise_after is None or site.calls != 1:
+            return Support("no pointwise layer reads this site and nothing else")
+        if site.kind == "dense" and around.norm is not None and around.norm not in around.tail:
+            return Support(f"its norm {around.norm} is used elsewhere too")
+        if geometry.padding_mode != "zeros":
+            return Support(f"fitted columns pad with zeros, this with {geometry.padding_mode}")
+        return Support()
+
+
 register_op(MixedOp())
 register_op(ThinOp())
+register_op(BareOp())

@@ -33,6 +33,22 @@ def structure_of(fit: Fit, ops: Sequence[Operation]) -> Structure:
     )
 
 
+def bare_structure(chosen: Tensor, ops: Sequence[Operation], error: float = 0.0) -> Structure:
+    """One operation a channel.
+
+    Args:
+        chosen: Index of each channel's operation, (C,).
+        ops: The operations.
+        error: Relative error behind the pointwise layer that follows.
+    """
+    runs = []
+    for place, op in enumerate(ops):
+        channels = tuple((chosen == place).nonzero().flatten().tolist())
+        if channels:
+            runs.append(Run(op.kind, op.top, op.left, op.height, op.width, channels))
+    return Structure("bare", None, tuple(runs), None, round(error, 6))
+
+
 @torch.no_grad()
 def set_weights(module: Bottleneck, fit: Fit, ops: Sequence[Operation], geometry: Geometry) -> None:
     """Put the fit's weights into a module that was built with its structure."""

@@ -46,3 +46,14 @@ def hold_out(batches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 def frozen_copy(model: nn.Module) -> nn.Module:
     """A copy of `model` in eval mode whose parameters need no gradients."""
     return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def dressed(student: nn.Module, model: nn.Module) -> nn.Module:
+    """The student with the train flags and gradient flags of the model."""
+    flags = {name: module.training for name, module in model.named_modules()}
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    for name, module in student.named_modules():
+        module.training = flags.get(name, model.training)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(trained.get(name, True))
+    return student

@@ -168,7 +168,10 @@ def _solve_reduction(problem: Problem, state: _State, steps: int) -> Tensor:
         if float(power) <= 1e-14 * problem.total:
             break
         image = normal(direction)
-        step = power / (direction * image).sum().clamp(min=1e-300)
+        curvature = (direction * image).sum()
+        if not float(curvature) > 0:  # the Gram matrix is singular up to rounding
+            break
+        step = power / curvature
         reduce = reduce + step * direction
         residual = residual - step * image
         ahead = precondition(residual)
@@ -188,6 +191,8 @@ def _alternate(problem: Problem, state: _State, waist: int | None, rounds: int) 
     best = state
     for _ in range(rounds):
         reduce = _balance(problem, _solve_reduction(problem, best, _STEPS))
+        if not bool(reduce.isfinite().all()):
+            break
         state = _solve_product(problem, reduce, best.ops, best.channels, waist)
         if state.explained <= best.explained:
             break

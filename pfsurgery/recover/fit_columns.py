@@ -92,8 +92,17 @@ def column_curve(moments: Moments, weights: Tensor, most: int) -> tuple[Selectio
     return chosen, 1 - error / total if total > 0 else torch.zeros_like(error)
 
 
+def output_directions(moments: Moments, weights: Tensor) -> Tensor:
+    """Principal directions of what all columns together explain, largest first, (C_out, C_out)."""
+    return principal(moments.cross * weights, cholesky(moments.gram))[1]
+
+
 def waist_curve(
-    moments: Moments, weights: Tensor, waist: int, columns: Sequence[int]
+    moments: Moments,
+    weights: Tensor,
+    waist: int,
+    columns: Sequence[int],
+    directions: Tensor | None = None,
 ) -> tuple[Selection, list[float]]:
     """Selection for a waist, and the relative error at each number of columns.
 
@@ -105,9 +114,11 @@ def waist_curve(
         weights: (C_out,).
         waist: Width r of the waist.
         columns: Numbers of columns wanted, increasing.
+        directions: `output_directions(moments, weights)`, where they are known already.
     """
     cross = moments.cross * weights
-    _, directions = principal(cross, cholesky(moments.gram))
+    if directions is None:
+        directions = output_directions(moments, weights)
     chosen = select_columns(moments.gram, cross @ directions[:, :waist], columns[-1])
     half = torch.linalg.solve_triangular(chosen.factor, cross[chosen.order], upper=False)
     total = _total(moments, weights)
@@ -173,18 +184,23 @@ def fit_bare(moments: Moments, weights: Tensor, ops: int, *, rounds: int = 3) ->
     op[first.order % channels] = first.order // channels
     for _ in range(rounds):
         before = op.clone()
+        index = op * channels + torch.arange(channels)
+        inverse = torch.cholesky_inverse(cholesky(gram[index][:, index]))
         for c in range(channels):
-            others = torch.arange(channels) != c
-            index = (op * channels + torch.arange(channels))[others]
+            # The inverse without channel c, whose row and column become zero.
+            without = inverse - torch.outer(inverse[:, c], inverse[c]) / inverse[c, c]
             mine = torch.arange(ops) * channels + c
-            factor = cholesky(gram[index][:, index])
-            side = torch.cholesky_solve(gram[index][:, mine], factor)
+            side = without @ gram[index][:, mine]
             rest = cross[mine] - side.T @ cross[index]
             left = gram[mine, mine] - (gram[index][:, mine] * side).sum(0)
             scale = gram[mine, mine] * _DEPENDENT + 1e-300
             score = torch.where(left > scale, rest.square().sum(1) / left.clamp(min=1e-300), 0.0)
             if float(score.max()) > float(score[op[c]]) * (1 + 1e-9):
-                op[c] = int(score.argmax())
+                best = int(score.argmax())
+                op[c], index[c] = best, mine[best]
+                border = side[:, best].clone()
+                border[c] = -1.0
+                inverse = without + torch.outer(border, border) / left[best]
         if bool((op == before).all()):
             break
     out = cross.shape[1]

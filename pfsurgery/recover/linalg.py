@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pfsurgery.errors import DataError
+
 RIDGE = 1e-6  # of the mean diagonal: far below any signal, enough for a singular Gram matrix
 _EXACT = 1e-6  # a smaller share of the variance left is rounding: nothing to regularise
 _LADDER = torch.logspace(-7, 0, 15, dtype=torch.float64)
@@ -16,7 +18,15 @@ def cholesky(gram: Tensor, ridge: float = RIDGE) -> Tensor:
     Args:
         gram: (..., K, K).
         ridge: Added to the diagonal, relative to its mean. Raised tenfold until a factor exists.
+
+    Raises:
+        DataError: A value is not finite.
     """
+    if not bool(gram.isfinite().all()):
+        raise DataError(
+            "Second moments are not finite: look for NaN or very large values in the images, or "
+            "for an overflow in the network."
+        )
     scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=torch.finfo(gram.dtype).tiny)
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     while True:
@@ -26,11 +36,6 @@ def cholesky(gram: Tensor, ridge: float = RIDGE) -> Tensor:
         if not bool(info.any()):
             return factor
         ridge *= 10
-
-
-def solve(gram: Tensor, cross: Tensor, ridge: float = RIDGE) -> Tensor:
-    """The weights (K, M) that minimise the squared error plus a relative ridge."""
-    return torch.cholesky_solve(cross, cholesky(gram, ridge))
 
 
 def ridge_gcv(gram: Tensor, cross: Tensor, total: float, count: int) -> Tensor:

@@ -19,7 +19,12 @@ from pfsurgery.recover.fit_bottleneck import (
     prepare,
     thin_errors,
 )
-from pfsurgery.recover.fit_columns import column_curve, fit_columns, waist_curve
+from pfsurgery.recover.fit_columns import (
+    column_curve,
+    fit_columns,
+    output_directions,
+    waist_curve,
+)
 from pfsurgery.recover.gram import Moments
 from pfsurgery.recover.hull import lower_hull
 
@@ -146,15 +151,19 @@ def _columns(site: SiteMoments, dense: float) -> list[Option]:
 
 
 def _waist(site: SiteMoments, dense: float) -> list[Option]:
-    c, m = site.problem.channels, site.problem.targets
+    c, m, k = site.problem.channels, site.problem.targets, len(site.moments.gram)
+    directions = output_directions(site.moments, site.weights)
     options = []
     for r in _widths(max(2, m // 12), 3 * m // 5, 6):
-        counts = [b for b in _widths(max(r + 1, c // 4), 4 * c, 8) if b <= len(site.moments.gram)]
-        for b, error in zip(
-            counts, waist_curve(site.moments, site.weights, r, counts)[1], strict=True
-        ):
-            if cost(c, m, b, None, r) < dense:
-                options.append(Option("waist", (r, b), cost(c, m, b, None, r), error))
+        most = min(4 * c, k, int(dense / r - m))
+        counts = _widths(max(r + 1, c // 4), most, 8)
+        if not counts:
+            continue
+        errors = waist_curve(site.moments, site.weights, r, counts, directions)[1]
+        options += [
+            Option("waist", (r, b), cost(c, m, b, None, r), error)
+            for b, error in zip(counts, errors, strict=True)
+        ]
     return options
 
 

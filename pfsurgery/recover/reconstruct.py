@@ -2,50 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pfsurgery.errors import RecordMismatchError
 from pfsurgery.graph import view
 from pfsurgery.neighbours import neighbours_of_module
+from pfsurgery.ops.bottleneck import Bottleneck
 from pfsurgery.plan import Decision
 from pfsurgery.policy import Tell
 from pfsurgery.record import record
 from pfsurgery.recover.calibration import calibration_batches, frozen_copy, hold_out
-from pfsurgery.recover.capture import capture
-from pfsurgery.recover.gram import Moments, MomentSum, sample_positions
-from pfsurgery.recover.linalg import ridge_gcv
 from pfsurgery.recover.norms import recalibrate
 from pfsurgery.recover.polish import polish
-from pfsurgery.recover.target import Readout, corrected, readout_of
+from pfsurgery.recover.refit import Refit, refit_layer
 from pfsurgery.rewrite import Composite
-from pfsurgery.sites import Neighbours
-
-_POSITIONS = 65536
-
-
-@dataclass(frozen=True, slots=True)
-class Refit:
-    """What was refitted for one replaced site.
-
-    Attributes:
-        site: Name of the site.
-        layer: Path of the layer that was refitted, None where there is none.
-        before: Relative error of that layer's output before, behind its norm; 1 is no better
-            than a constant.
-        after: The same after.
-        reason: Why nothing was refitted; empty where it was.
-    """
-
-    site: str
-    layer: str | None
-    before: float = 0.0
-    after: float = 0.0
-    reason: str = ""
 
 
 def reconstruct(
@@ -90,8 +61,7 @@ def reconstruct(
             continue
         twin = name.removesuffix(".pointwise")
         around = neighbours_of_module(twin, seen)
-        _check_twins(student, original, name, twin)
-        refit = _refit(student, original, decision.site.name, name, twin, around, batches)
+        refit = refit_layer(student, original, decision.site.name, name, twin, around, batches)
         done.append(refit)
         tell(f"{refit.site}: {name} refitted, error {refit.before:.3f} -> {refit.after:.3f}")
     polish(student, original, batches, judges, tell)
@@ -104,114 +74,6 @@ def _layer_behind(student: nn.Module, decision: Decision) -> str | None:
     module = student.get_submodule(site.name)
     if isinstance(module, Composite) and decision.pointwise:
         return f"{site.name}.pointwise" if site.geometry.groups == 1 else None
-    return site.neighbours.pointwise_after if site.calls == 1 else None
-
-
-def _check_twins(student: nn.Module, original: nn.Module, name: str, twin: str) -> None:
-    try:
-        old = original.get_submodule(twin)
-    except AttributeError:
-        old = None
-    new = student.get_submodule(name)
-    fits = isinstance(old, nn.Conv2d | nn.Linear) and isinstance(new, nn.Conv2d | nn.Linear)
-    if not fits or len(old.weight) != len(new.weight):  # type: ignore[union-attr,arg-type]
-        raise RecordMismatchError(
-            f"{twin} of the teacher does not have the outputs that {name} should give: is this "
-            f"the model that was converted?"
-        )
-
-
-@torch.no_grad()
-def _refit(
-    student: nn.Module,
-    original: nn.Module,
-    site: str,
-    name: str,
-    twin: str,
-    around: Neighbours,
-    batches: Sequence[Tensor],
-) -> Refit:
-    layer = student.get_submodule(name)
-    if not isinstance(layer, nn.Conv2d | nn.Linear):
-        raise RecordMismatchError(f"{name} is neither a convolution nor linear.")
-    how = readout_of(original, around, len(layer.weight))
-    norm: Any = None
-    if how.norm is not None:
-        # The layer is fitted to what it gave before, so its norm takes back what it knew then.
-        norm = student.get_submodule(how.norm)
-        norm.load_state_dict(original.get_submodule(how.norm).state_dict())
-    moments = _moments(student, original, name, twin, how, layer, batches)
-    if layer.bias is None and norm is None:
-        moments = moments.through_origin()
-    weights = how.weights
-    total = float((moments.target.diagonal() * weights.square()).sum())
-    before = _error(layer, moments, weights, total)
-    live = (weights > 0).to(weights)
-    solved = ridge_gcv(moments.gram, moments.cross * weights, total, moments.count)
-    solved = solved * (live / torch.where(weights > 0, weights, 1.0))
-    layer.weight.copy_(solved.T.reshape(layer.weight.shape))
-    offset = moments.target_mean - moments.column_mean @ solved
-    if layer.bias is not None:
-        layer.bias.copy_(offset)
-    elif norm is not None:
-        norm.running_mean.sub_(offset.to(norm.running_mean))
-    return Refit(site, name, before, _error(layer, moments, weights, total, bias=offset))
-
-
-def _moments(
-    student: nn.Module,
-    original: nn.Module,
-    name: str,
-    twin: str,
-    how: Readout,
-    layer: nn.Conv2d | nn.Linear,
-    batches: Sequence[Tensor],
-) -> Moments:
-    axis = 1 if isinstance(layer, nn.Conv2d) else -1
-    inputs = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
-    total = MomentSum(inputs, len(layer.weight))
-    generator = torch.Generator().manual_seed(0)
-    images = sum(len(batch) for batch in batches)
-    for batch in batches:
-        if how.merge is None:
-            x = capture(student, batch, {"x": (name, "input")})["x"]
-            y = capture(original, batch, {"y": (twin, "output")})["y"]
-        else:
-            behind = how.norm or name
-            made = capture(
-                student,
-                batch,
-                {"x": (name, "input"), "out": (behind, "output"), "sum": (how.merge, "input")},
-            )
-            goal = capture(original, batch, {"sum": (how.merge, "input")})["sum"]
-            x, y = made["x"], corrected(goal, made["sum"] - made["out"], how)
-        rows, goals = _rows(x, axis), _rows(y, axis)
-        most = max(1, round(_POSITIONS * len(batch) / images))
-        kept = sample_positions(len(rows), most, generator)
-        if kept is not None:
-            rows, goals = rows[kept.to(rows.device)], goals[kept.to(goals.device)]
-        total.add(rows.float().cpu(), goals.float().cpu())
-    return total.result()
-
-
-def _rows(x: Tensor, axis: int) -> Tensor:
-    """(..., C, ...) as rows of channels."""
-    return x.movedim(axis, -1).reshape(-1, x.shape[axis])
-
-
-def _error(
-    layer: nn.Conv2d | nn.Linear,
-    moments: Moments,
-    weights: Tensor,
-    total: float,
-    bias: Tensor | None = None,
-) -> float:
-    kernel = layer.weight.detach().cpu().double().flatten(1).T
-    if bias is None:
-        own = layer.bias
-        bias = moments.target_mean * 0 if own is None else own.detach().cpu().double()
-    weighted = kernel * weights
-    explained = 2 * (weighted * moments.cross * weights).sum()
-    explained -= (weighted * (moments.gram @ weighted)).sum()
-    offset = (moments.target_mean - bias - moments.column_mean @ kernel) * weights
-    return float((total - explained + offset.square().sum()) / total) if total > 0 else 0.0
+    after = site.neighbours.pointwise_after if site.calls == 1 else None
+    fitted = after is not None and isinstance(student.get_submodule(after), Bottleneck)
+    return None if fitted else after

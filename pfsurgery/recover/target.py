@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pfsurgery.errors import DataError
 from pfsurgery.recover.capture import Side, capture
 from pfsurgery.recover.columns import Operation, Window, column_rows, operations
 from pfsurgery.recover.gram import Moments, MomentSum, sample_positions
@@ -79,6 +80,13 @@ def site_operations(site: Site) -> tuple[Operation, ...]:
     return tuple(op for op in operations(window, pools=pools) if op.linear)
 
 
+def channel_operations(site: Site) -> tuple[Operation, ...]:
+    """What a channel of a depthwise site may become: every tap, every centred average."""
+    reach = max(site.geometry.kernel_size) // 2
+    pools = site.geometry.dilation == (1, 1)
+    return tuple(op for op in operations(site_window(site), reach=reach, pools=pools) if op.linear)
+
+
 def input_moments(
     model: nn.Module,
     sites: Sequence[Site],
@@ -125,6 +133,7 @@ def refit_moments(
     ops: Sequence[Operation],
     how: Readout,
     most: int,
+    layer: str | None = None,
 ) -> Moments:
     """Moments of the columns that `site` reads in the edited network, and of what it should give.
 
@@ -140,23 +149,28 @@ def refit_moments(
         ops: The operations of its columns.
         how: How its output counts.
         most: Positions that are looked at, about.
+        layer: Path of the layer whose output is wanted, the site itself if None.
     """
-    total = MomentSum(len(ops) * site.geometry.in_channels, site.geometry.out_channels)
+    layer = layer or site.name
+    total: MomentSum | None = None
     window = site_window(site)
     generator = torch.Generator().manual_seed(0)
     images = sum(len(batch) for batch in batches)
     for batch in batches:
-        x, y = _input_and_target(teacher, student, site, batch, how)
+        x, y = _input_and_target(teacher, student, site, layer, batch, how)
+        total = total or MomentSum(len(ops) * x.shape[1], y.shape[1])
         _add(total, x, y, window, ops, most / images, generator)
+    if total is None:
+        raise DataError("There is no image to fit to.")
     return total.result()
 
 
 def _input_and_target(
-    teacher: nn.Module, student: nn.Module, site: Site, batch: Tensor, how: Readout
+    teacher: nn.Module, student: nn.Module, site: Site, layer: str, batch: Tensor, how: Readout
 ) -> tuple[Tensor, Tensor]:
-    behind = how.norm or site.name
+    behind = how.norm or layer
     if how.merge is None:
-        goal = capture(teacher, batch, {"out": (site.name, "output")}, site.calls)["out"]
+        goal = capture(teacher, batch, {"out": (layer, "output")}, site.calls)["out"]
         read = capture(student, batch, {"x": (site.name, "input")}, site.calls)["x"]
         return read, goal
     merged: dict[str, tuple[str, Side]] = {"sum": (how.merge, "input")}

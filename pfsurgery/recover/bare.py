@@ -1,0 +1,58 @@
+"""The policy `bare`: one parameter-free operation a channel, with no product of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from pfsurgery.plan import Plan
+from pfsurgery.policy import Rule, Tell
+from pfsurgery.recover.calibration import calibration_batches, dressed, frozen_copy, hold_out
+from pfsurgery.recover.options import Option
+from pfsurgery.recover.polish import polish
+from pfsurgery.recover.sequence import refit_in_order
+from pfsurgery.sites import Site
+
+
+@dataclass(frozen=True, slots=True)
+class Bare:
+    """Every site that can becomes one operation a channel; made by `bare`."""
+
+    name: str = "bare"
+    pointwise: bool = False
+
+    def decide(self, site: Site) -> Rule | None:
+        """Every site between pointwise layers takes part."""
+        return Rule("bare")
+
+    def convert(
+        self,
+        model: nn.Module,
+        mark: Callable[[Tensor], Plan],
+        images: Any,
+        tell: Tell = lambda line: None,
+    ) -> tuple[nn.Module, Plan]:
+        """A converted copy of `model` and the plan that was carried out; see `Budget.convert`."""
+        batches, judges = hold_out(calibration_batches(images, model))
+        plan = mark(batches[0][:1])
+        teacher = frozen_copy(model)
+        sites = [d.site for d in plan.replaced]
+        chosen = {s.name: Option("bare", (s.geometry.in_channels,), 0.0, 0.0) for s in sites}
+        student, done = refit_in_order(teacher, sites, chosen, batches, tell)
+        polish(student, teacher, batches, judges, tell)
+        decisions = tuple(done.get(d.site.name, d) for d in plan)
+        return dressed(student, model), Plan(self.name, decisions)
+
+
+def bare() -> Bare:
+    """A policy that leaves parameter-free operations only, as in the paper's efficient bottleneck.
+
+    Each dense convolution between pointwise layers, and each depthwise one, becomes one operation a
+    channel (a shift, an average or the channel itself), chosen from data. Behind a dense one norm
+    and activation are dropped. The pointwise layer that follows is refitted in closed form. Pass
+    the policy to `convert` together with `images`, and `include=` to choose sites.
+    """
+    return Bare()

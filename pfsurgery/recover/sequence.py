@@ -1,0 +1,215 @@
+"""Solve the chosen form of each site in the order of execution, and put it into the network."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from pfsurgery.errors import RecordMismatchError
+from pfsurgery.graph import GraphView, view
+from pfsurgery.neighbours import neighbours_of_module
+from pfsurgery.ops.bottleneck import Bottleneck
+from pfsurgery.plan import Decision
+from pfsurgery.policy import Tell
+from pfsurgery.recover.build import bare_structure, set_weights, structure_of
+from pfsurgery.recover.capture import capture
+from pfsurgery.recover.channels import ChannelFit, ChannelSums, fold_into_norm
+from pfsurgery.recover.columns import Operation, kernel_columns
+from pfsurgery.recover.fit_columns import fit_bare
+from pfsurgery.recover.gram import sample_positions
+from pfsurgery.recover.options import Option, fit_option, site_moments
+from pfsurgery.recover.refit import refit_layer
+from pfsurgery.recover.target import (
+    Readout,
+    channel_operations,
+    readout_of,
+    refit_moments,
+    site_operations,
+    site_window,
+)
+from pfsurgery.rewrite import apply_plan
+from pfsurgery.sites import Site
+
+POSITIONS = 65536  # looked at for each site, about
+_ROUNDS = 4
+_PRIOR = 0.02  # how much the original kernel counts where the images say little
+
+
+def refit_in_order(
+    teacher: nn.Module,
+    sites: Sequence[Site],
+    chosen: Mapping[str, Option | None],
+    batches: Sequence[Tensor],
+    tell: Tell,
+) -> tuple[nn.Module, dict[str, Decision]]:
+    """Replace the sites one by one, each solved with inputs from the network edited so far.
+
+    Args:
+        teacher: The original, in eval mode; left as it is.
+        sites: The sites, in the order of execution.
+        chosen: The form of each, None where the convolution is kept.
+        batches: Images (N, C, H, W), one batch each.
+        tell: Called with a line of text for each site.
+
+    Returns:
+        The edited network, and for each changed site what it became.
+    """
+    student = copy.deepcopy(teacher)
+    seen = view(teacher, (batches[0][:1],))
+    done: dict[str, Decision] = {}
+    for site in sites:
+        option = chosen[site.name]
+        if option is None:
+            continue
+        place = _place_bare if option.form == "bare" else _place_fitted
+        decision = place(teacher, student, site, option, batches, seen)
+        done[site.name] = decision
+        tell(f"{site.name}: {decision.label}, {decision.reason}")
+    return student, done
+
+
+def site_kernel(teacher: nn.Module, site: Site, ops: Sequence[Operation]) -> Tensor:
+    """The site's kernel as weights of its columns (ops * C, C_out), zero between groups."""
+    conv = teacher.get_submodule(site.name)
+    if not isinstance(conv, nn.Conv2d):
+        raise RecordMismatchError(
+            f"{site.name} is no convolution; was the model converted already?"
+        )
+    weight = conv.weight.detach().cpu()
+    if conv.groups > 1:
+        full = weight.new_zeros(conv.out_channels, conv.in_channels, *weight.shape[2:])
+        outs, ins = conv.out_channels // conv.groups, conv.in_channels // conv.groups
+        for g in range(conv.groups):
+            mine = slice(g * outs, (g + 1) * outs)
+            full[mine, g * ins : (g + 1) * ins] = weight[mine]
+        weight = full
+    return kernel_columns(weight, ops)
+
+
+def site_readout(teacher: nn.Module, site: Site) -> Readout:
+    """How the site's output counts."""
+    return readout_of(teacher, site.neighbours, site.geometry.out_channels)
+
+
+def reuse(site: Site) -> float:
+    """Input positions for each output position."""
+    return float(site.geometry.stride[0] * site.geometry.stride[1])
+
+
+def _place_fitted(
+    teacher: nn.Module,
+    student: nn.Module,
+    site: Site,
+    option: Option,
+    batches: Sequence[Tensor],
+    seen: GraphView,
+) -> Decision:
+    ops, how = site_operations(site), site_readout(teacher, site)
+    found = refit_moments(teacher, student, site, batches, ops, how, POSITIONS)
+    moments = found.with_prior(site_kernel(teacher, site, ops), _PRIOR)
+    fit = fit_option(
+        site_moments(moments, how.weights, ops, reuse=reuse(site)), option, rounds=_ROUNDS
+    )
+    decision = Decision(
+        site,
+        "thin" if option.form in ("thin", "low_rank") else "mixed",
+        reason=f"relative error {fit.error:.3f}",
+        structure=structure_of(fit, ops),
+    )
+    apply_plan(student, [decision])
+    module = student.get_submodule(site.name)
+    if isinstance(module, Bottleneck):
+        set_weights(module, fit, ops, site.geometry)
+    return decision
+
+
+def _place_bare(
+    teacher: nn.Module,
+    student: nn.Module,
+    site: Site,
+    option: Option,
+    batches: Sequence[Tensor],
+    seen: GraphView,
+) -> Decision:
+    """One operation a channel; the pointwise layer behind is refitted on what it then reads."""
+    layer = site.neighbours.pointwise_after
+    if layer is None:
+        raise RecordMismatchError(f"No pointwise layer reads {site.name}.")
+    ops, around = site_operations(site), neighbours_of_module(layer, seen)
+    if site.kind == "depthwise":
+        ops = channel_operations(site)
+        found = _channel_refit(teacher, student, site, batches)
+        if site.neighbours.norm is not None:
+            fold_into_norm(student.get_submodule(site.neighbours.norm), found)
+        chosen, tail = found.ops, "keep"
+    else:
+        how = readout_of(teacher, around, _outputs(teacher, layer))
+        moments = refit_moments(teacher, student, site, batches, ops, how, POSITIONS, layer)
+        chosen, tail = fit_bare(moments, how.weights, len(ops)).ops, "drop"
+    decision = Decision(site, "bare", tail=tail, structure=bare_structure(chosen, ops))  # type: ignore[arg-type]
+    apply_plan(student, [decision])
+    refit = refit_layer(student, teacher, site.name, layer, layer, around, batches)
+    return replace(
+        decision,
+        structure=bare_structure(chosen, ops, refit.after),
+        reason=f"relative error {refit.after:.3f} behind {layer}",
+    )
+
+
+def _outputs(model: nn.Module, layer: str) -> int:
+    module = model.get_submodule(layer)
+    return len(module.weight)  # type: ignore[arg-type]
+
+
+def channel_fits(
+    model: nn.Module, sites: Sequence[Site], batches: Sequence[Tensor]
+) -> dict[str, ChannelFit]:
+    """The best operation for each channel of depthwise sites, in one pass over the images."""
+    sums = {s.name: ChannelSums(len(channel_operations(s)), s.geometry.in_channels) for s in sites}
+    generator = torch.Generator().manual_seed(0)
+    images = sum(len(batch) for batch in batches)
+
+    def add(site: Site, x: Tensor, y: Tensor) -> None:
+        _add_channels(sums[site.name], site, x, y, images, generator)
+
+    handles = [
+        model.get_submodule(site.name).register_forward_hook(
+            lambda _, args, out, site=site: add(site, args[0], out)
+        )
+        for site in sites
+    ]
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {site.name: sums[site.name].fit(site_readout(model, site).weights) for site in sites}
+
+
+def _channel_refit(
+    teacher: nn.Module, student: nn.Module, site: Site, batches: Sequence[Tensor]
+) -> ChannelFit:
+    """The best operation for each channel, with inputs from the edited network."""
+    sums = ChannelSums(len(channel_operations(site)), site.geometry.in_channels)
+    generator = torch.Generator().manual_seed(0)
+    images = sum(len(batch) for batch in batches)
+    for batch in batches:
+        y = capture(teacher, batch, {"y": (site.name, "output")})["y"]
+        x = capture(student, batch, {"x": (site.name, "input")})["x"]
+        _add_channels(sums, site, x, y, images, generator)
+    return sums.fit(site_readout(teacher, site).weights)
+
+
+def _add_channels(
+    sums: ChannelSums, site: Site, x: Tensor, y: Tensor, images: int, generator: torch.Generator
+) -> None:
+    number = len(y) * y.shape[2] * y.shape[3]
+    chosen = sample_positions(number, max(1, round(POSITIONS * len(x) / images)), generator)
+    where = None if chosen is None else chosen.to(x.device)
+    sums.add(x, y, site_window(site), channel_operations(site), where)
