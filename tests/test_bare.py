@@ -205,6 +205,25 @@ def test_low_rank_pointwise_layers_are_found_exactly(images):
         torch.testing.assert_close(fast(images[0]), model(images[0]), atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
+def test_a_very_wide_site_is_fitted_on_its_leading_directions():
+    torch.manual_seed(0)
+    wide = 768
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, wide, 1), nn.ReLU(),
+        nn.Conv2d(wide, 16, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5),
+    ).eval()  # fmt: skip
+    batches = [torch.randn(16, 3, 12, 12)]
+    fast = convert(net, budget(macs="40%"), images=batches)
+    (decision,) = record(fast).plans[0].replaced
+    assert decision.site.geometry.in_channels == wide
+    assert count(fast, batches[0][:1]).macs <= 0.4 * count(net, batches[0][:1]).macs
+    assert decision.structure.error < 0.1
+    assert distance(net, fast, batches) < 0.05
+    assert not record(convert(net, bare(), images=batches)).plans[0].replaced
+
+
 def test_what_bare_cannot_do_is_said(images):
     model = settled(zoo.Plain())
     chosen = plan(model, lambda site: "bare", example=images[0][:1])

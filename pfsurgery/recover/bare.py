@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pfsurgery.plan import Plan
-from pfsurgery.policy import Rule, Tell
+from pfsurgery.plan import Decision, Plan
+from pfsurgery.policy import KEEP, Rule, Tell
 from pfsurgery.recover.calibration import calibration_batches, dressed, frozen_copy, hold_out
 from pfsurgery.recover.options import Option
 from pfsurgery.recover.polish import polish
+from pfsurgery.recover.screen import is_wide
 from pfsurgery.recover.sequence import refit_in_order
+from pfsurgery.recover.target import site_operations
 from pfsurgery.sites import Site
 
 
@@ -40,11 +42,27 @@ class Bare:
         plan = mark(batches[0][:1])
         teacher = frozen_copy(model)
         sites = [d.site for d in plan.replaced]
-        chosen = {s.name: Option("bare", (s.geometry.in_channels,), 0.0, 0.0) for s in sites}
-        student, done = refit_in_order(teacher, sites, chosen, batches, tell)
+        chosen = {s.name: _option(s) for s in sites}
+        student, done = refit_in_order(teacher, sites, chosen, batches, tell, {})
         polish(student, teacher, batches, judges, tell)
-        decisions = tuple(done.get(d.site.name, d) for d in plan)
+        decisions = tuple(_decided(d, chosen, done) for d in plan)
         return dressed(student, model), Plan(self.name, decisions)
+
+
+def _option(site: Site) -> Option | None:
+    if site.kind == "dense" and is_wide(site, site_operations(site)):
+        return None
+    return Option("bare", (site.geometry.in_channels,), 0.0, 0.0)
+
+
+def _decided(
+    decision: Decision, chosen: dict[str, Option | None], done: dict[str, Decision]
+) -> Decision:
+    name = decision.site.name
+    if name in chosen and chosen[name] is None:
+        why = "too many channels to choose all their operations together"
+        return Decision(decision.site, KEEP, reason=why)
+    return done.get(name, decision)
 
 
 def bare() -> Bare:

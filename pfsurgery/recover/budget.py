@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from pfsurgery.recover.gram import Moments
 from pfsurgery.recover.hull import spend
 from pfsurgery.recover.options import Option, site_moments, site_options
 from pfsurgery.recover.polish import polish
+from pfsurgery.recover.screen import MOST_COLUMNS, Screen, is_wide, lifted_kernel, screens
 from pfsurgery.recover.sequence import (
     POSITIONS,
     channel_fits,
@@ -84,14 +85,20 @@ class Budget:
         plan = mark(batches[0][:1])
         teacher = frozen_copy(model)
         sites = [d.site for d in plan if d.replaced]
-        chosen = self._choose(teacher, sites, batches, tell)
-        student, done = refit_in_order(teacher, sites, chosen, batches, tell)
+        looked = _screens(teacher, sites, batches)
+        chosen = self._choose(teacher, sites, looked, batches, tell)
+        student, done = refit_in_order(teacher, sites, chosen, batches, tell, looked)
         polish(student, teacher, batches, judges, tell)
         final = Plan(self.name, tuple(_decided(d, chosen, done) for d in plan))
         return dressed(student, model), final
 
     def _choose(
-        self, teacher: nn.Module, sites: Sequence[Site], batches: Sequence[Tensor], tell: Tell
+        self,
+        teacher: nn.Module,
+        sites: Sequence[Site],
+        looked: Mapping[str, Screen],
+        batches: Sequence[Tensor],
+        tell: Tell,
     ) -> dict[str, Option | None]:
         """The form of each site, None where its convolution is kept."""
         tell(f"reading what {len(sites)} convolutions see")
@@ -103,9 +110,10 @@ class Budget:
         mixing = [site for site in sites if site.kind != "depthwise"]
         for group in _in_memory(mixing):
             ops = [site_operations(site) for site in group]
-            moments = input_moments(teacher, group, batches, ops, POSITIONS)
+            moments = input_moments(teacher, group, batches, ops, POSITIONS, looked)
             for site, o in zip(group, ops, strict=True):
-                found = _options(teacher, site, moments.pop(0), o, self.forms)
+                screen = looked.get(site.name)
+                found = _options(teacher, site, moments.pop(0), o, self.forms, screen)
                 choices[site.name] += found
                 tell(f"{site.name}: {len(found)} forms")
         points = {
@@ -195,18 +203,51 @@ def _absolute(amount: Amount | None, whole: float) -> float:
     return value
 
 
+def _screens(
+    teacher: nn.Module, sites: Sequence[Site], batches: Sequence[Tensor]
+) -> dict[str, Screen]:
+    ops = {site.name: site_operations(site) for site in sites}
+    wide = [site for site in sites if site.kind != "depthwise" and is_wide(site, ops[site.name])]
+    kernels = [site_kernel(teacher, site, ops[site.name]) for site in wide]
+    return screens(teacher, wide, [ops[site.name] for site in wide], kernels, batches)
+
+
 def _options(
     teacher: nn.Module,
     site: Site,
     columns: Moments,
     ops: Sequence[Operation],
     forms: Collection[Form],
+    screen: Screen | None,
 ) -> list[Option]:
     if site.kind == "pointwise":
         forms = [form for form in forms if form in ("columns", "waist")]
-    moments = columns.with_linear_target(site_kernel(teacher, site, ops))
-    prepared = site_moments(moments, site_readout(teacher, site).weights, ops, reuse=reuse(site))
-    return site_options(prepared, _LARGEST_OPTION * site.geometry.macs_per_position, forms)
+    if screen is not None:
+        forms = [form for form in forms if form in ("bottleneck", "thin")]
+    kernel = lifted_kernel(site_kernel(teacher, site, ops), screen)
+    prepared = site_moments(
+        columns.with_linear_target(kernel),
+        site_readout(teacher, site).weights,
+        ops,
+        reuse=reuse(site),
+    )
+    found = site_options(prepared, _LARGEST_OPTION * site.geometry.macs_per_position, forms)
+    return found if screen is None else _unscreened_options(site, found, screen)
+
+
+def _unscreened_options(site: Site, options: Sequence[Option], screen: Screen) -> list[Option]:
+    """The options with the cost of reducing all channels and the error of what was not seen."""
+    unseen = site.geometry.in_channels - len(screen.project)
+    dearer = [
+        replace(
+            option,
+            macs=option.macs + option.sizes[0] * unseen * reuse(site),
+            error=screen.missing + (1 - screen.missing) * option.error,
+        )
+        for option in options
+    ]
+    most = _LARGEST_OPTION * site.geometry.macs_per_position
+    return [option for option in dearer if option.macs < most]
 
 
 def _in_memory(sites: Sequence[Site]) -> Iterator[list[Site]]:
@@ -214,7 +255,7 @@ def _in_memory(sites: Sequence[Site]) -> Iterator[list[Site]]:
     group: list[Site] = []
     held = 0
     for site in sites:
-        columns = len(site_operations(site)) * site.geometry.in_channels
+        columns = min(len(site_operations(site)) * site.geometry.in_channels, MOST_COLUMNS)
         size = 2 * 8 * columns**2  # while it is summed, and as a result
         if group and held + size > _MEMORY:
             yield group

@@ -23,6 +23,7 @@ from pfsurgery.recover.fit_columns import fit_bare
 from pfsurgery.recover.gram import sample_positions
 from pfsurgery.recover.options import Option, fit_option, site_moments
 from pfsurgery.recover.refit import refit_layer
+from pfsurgery.recover.screen import Screen, lifted_kernel, unscreened
 from pfsurgery.recover.target import (
     Readout,
     channel_operations,
@@ -45,6 +46,7 @@ def refit_in_order(
     chosen: Mapping[str, Option | None],
     batches: Sequence[Tensor],
     tell: Tell,
+    screens: Mapping[str, Screen],
 ) -> tuple[nn.Module, dict[str, Decision]]:
     """Replace the sites one by one, each solved with inputs from the network edited so far.
 
@@ -54,6 +56,7 @@ def refit_in_order(
         chosen: The form of each, None where the convolution is kept.
         batches: Images (N, C, H, W), one batch each.
         tell: Called with a line of text for each site.
+        screens: Directions that stand for the channels of very wide sites.
 
     Returns:
         The edited network, and for each changed site what it became.
@@ -65,8 +68,11 @@ def refit_in_order(
         option = chosen[site.name]
         if option is None:
             continue
-        place = _place_bare if option.form == "bare" else _place_fitted
-        decision = place(teacher, student, site, option, batches, seen)
+        if option.form == "bare":
+            decision = _place_bare(teacher, student, site, batches, seen)
+        else:
+            screen = screens.get(site.name)
+            decision = _place_fitted(teacher, student, site, option, batches, screen)
         done[site.name] = decision
         tell(f"{site.name}: {decision.label}, {decision.reason}")
     return student, done
@@ -106,14 +112,13 @@ def _place_fitted(
     site: Site,
     option: Option,
     batches: Sequence[Tensor],
-    seen: GraphView,
+    screen: Screen | None,
 ) -> Decision:
     ops, how = site_operations(site), site_readout(teacher, site)
-    found = refit_moments(teacher, student, site, batches, ops, how, POSITIONS)
-    moments = found.with_prior(site_kernel(teacher, site, ops), _PRIOR)
-    fit = fit_option(
-        site_moments(moments, how.weights, ops, reuse=reuse(site)), option, rounds=_ROUNDS
-    )
+    found = refit_moments(teacher, student, site, batches, ops, how, POSITIONS, screen=screen)
+    kernel = lifted_kernel(site_kernel(teacher, site, ops), screen)
+    problem = site_moments(found.with_prior(kernel, _PRIOR), how.weights, ops, reuse=reuse(site))
+    fit = unscreened(fit_option(problem, option, rounds=_ROUNDS), screen)
     decision = Decision(
         site,
         "thin" if option.form in ("thin", "low_rank") else "mixed",
@@ -131,7 +136,6 @@ def _place_bare(
     teacher: nn.Module,
     student: nn.Module,
     site: Site,
-    option: Option,
     batches: Sequence[Tensor],
     seen: GraphView,
 ) -> Decision:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from pfsurgery.errors import DataError
 from pfsurgery.recover.capture import Side, capture
 from pfsurgery.recover.columns import Operation, Window, column_rows, operations
 from pfsurgery.recover.gram import Moments, MomentSum, sample_positions
+from pfsurgery.recover.screen import Screen, screened
 from pfsurgery.sites import Neighbours, Site
 
 _DEAD = 1e-4  # norm weights below this share of the largest make a channel that says nothing
@@ -93,6 +94,7 @@ def input_moments(
     batches: Sequence[Tensor],
     ops: Sequence[Sequence[Operation]],
     most: int,
+    screens: Mapping[str, Screen] | None = None,
 ) -> list[Moments]:
     """Moments of the columns that each of `sites` reads in `model`, in one pass over the images.
 
@@ -102,15 +104,27 @@ def input_moments(
         batches: Images (N, C, H, W), one batch each.
         ops: The operations of each site.
         most: Positions that are looked at for each site, about.
+        screens: Directions that stand for the channels of very wide sites.
     """
-    sums = [MomentSum(len(o) * s.geometry.in_channels) for s, o in zip(sites, ops, strict=True)]
+    looked = [(screens or {}).get(site.name) for site in sites]
+    widths = [
+        site.geometry.in_channels if screen is None else len(screen.project)
+        for site, screen in zip(sites, looked, strict=True)
+    ]
+    sums = [MomentSum(len(o) * width) for width, o in zip(widths, ops, strict=True)]
     windows = [site_window(site) for site in sites]
     generator = torch.Generator().manual_seed(0)
     images = sum(len(batch) for batch in batches)
     handles = [
         model.get_submodule(site.name).register_forward_pre_hook(
             lambda _, args, place=place: _add(
-                sums[place], args[0], None, windows[place], ops[place], most / images, generator
+                sums[place],
+                screened(args[0], looked[place]),
+                None,
+                windows[place],
+                ops[place],
+                most / images,
+                generator,
             )
         )
         for place, site in enumerate(sites)
@@ -134,6 +148,7 @@ def refit_moments(
     how: Readout,
     most: int,
     layer: str | None = None,
+    screen: Screen | None = None,
 ) -> Moments:
     """Moments of the columns that `site` reads in the edited network, and of what it should give.
 
@@ -150,6 +165,7 @@ def refit_moments(
         how: How its output counts.
         most: Positions that are looked at, about.
         layer: Path of the layer whose output is wanted, the site itself if None.
+        screen: Directions that stand for the channels of a very wide site.
     """
     layer = layer or site.name
     total: MomentSum | None = None
@@ -158,6 +174,7 @@ def refit_moments(
     images = sum(len(batch) for batch in batches)
     for batch in batches:
         x, y = _input_and_target(teacher, student, site, layer, batch, how)
+        x = screened(x.float(), screen)
         total = total or MomentSum(len(ops) * x.shape[1], y.shape[1])
         _add(total, x, y, window, ops, most / images, generator)
     if total is None:
