@@ -31,7 +31,7 @@ STD = (0.2470, 0.2435, 0.2616)
 # Cycles of training: peak rate, side of the random crops in each epoch (small ones are faster).
 CYCLES: dict[str, tuple[tuple[float, tuple[int, ...]], ...]] = {
     "basic": ((0.15, (24, 24, 24, 24, 32, 32)), (0.1, (32, 32, 32, 32, 32))),
-    "bottleneck": ((0.15, (24, 24, 24, 24, 32, 32)), (0.1, (32, 32, 32, 32, 32))),
+    "bottleneck": ((0.15, (24, 24, 24, 32)), (0.1, (24, 32, 32))),
     "depthwise": ((0.15, (24, 24, 24, 24, 32, 32)), (0.1, (32, 32, 32, 32, 32))),
 }
 

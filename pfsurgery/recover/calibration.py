@@ -12,10 +12,13 @@ from pfsurgery.batches import unlabelled_images
 from pfsurgery.errors import DataError
 
 _FEWEST = 64
+_ELEMENTS = 32 * 3 * 224 * 224  # of one batch: what layers give for it should fit into memory
 
 
 def calibration_batches(images: Any, model: nn.Module) -> list[Tensor]:
     """Unlabelled images as batches (N, C, H, W) on the device and in the dtype of `model`.
+
+    Large batches are split, 32 images of 224 x 224 pixels at a time.
 
     Raises:
         DataError: There are none.
@@ -27,7 +30,10 @@ def calibration_batches(images: Any, model: nn.Module) -> list[Tensor]:
         )
     parameter = next(model.parameters())
     batches = [
-        batch.to(parameter.device, parameter.dtype) for batch in unlabelled_images(images, model)
+        part.to(parameter.device, parameter.dtype)
+        for batch in unlabelled_images(images, model)
+        for part in batch.split(max(1, _ELEMENTS // max(1, batch.shape[1:].numel())))
+        if len(part)
     ]
     if not batches:
         raise DataError("images= holds no batch; give at least one.")
