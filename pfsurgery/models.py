@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from pfsurgery.base import Base, set_base
+from pfsurgery.base import Base, base_of, set_base
 from pfsurgery.checkpoint import CONFIG, load
 from pfsurgery.errors import RecordMismatchError, SurgeryError
 
@@ -51,6 +51,51 @@ def open_model(
         rest if library == "torchvision" else name,
         {**({"num_classes": num_classes} if num_classes else {}), **(kwargs or {})},
     )
+    return _opened(base, pretrained, checkpoint)
+
+
+def open_original(
+    converted: nn.Module, *, pretrained: bool = True, checkpoint: str | Path | None = None
+) -> nn.Module:
+    """The model that `converted` was made from, with trained weights, in eval mode.
+
+    Args:
+        converted: A model that was loaded by name or directory.
+        pretrained: Take the library's trained weights, from the hub or its local cache.
+        checkpoint: File with the original's weights instead.
+
+    Raises:
+        RecordMismatchError: It is not known where the model comes from, or the checkpoint does not
+            fit.
+        SurgeryError: There are no trained weights with the model's number of classes; or the hub
+            cannot be reached.
+    """
+    base = base_of(converted)
+    if base is None:
+        raise RecordMismatchError(
+            "The model does not say what it was converted from; pass the original in Python: "
+            "pfsurgery.reconstruct(model, original, images)."
+        )
+    if checkpoint is None and not (pretrained and _hub_fits(base)):
+        raise SurgeryError(
+            f"The original {base.name} is needed with the weights that were converted: pass "
+            f"--checkpoint FILE (checkpoint= in Python)."
+        )
+    return _opened(base, pretrained, checkpoint)
+
+
+def _hub_fits(base: Base) -> bool:
+    """Whether the library's weights have the classes asked for, so that no layer stays random."""
+    classes = base.kwargs.get("num_classes")
+    if base.library != "timm" or classes is None:
+        return True
+    import timm
+
+    config = timm.get_pretrained_cfg(base.name)
+    return config is not None and bool(config.num_classes == classes)
+
+
+def _opened(base: Base, pretrained: bool, checkpoint: str | Path | None) -> nn.Module:
     model = _pretrained(base) if pretrained and checkpoint is None else base.build()
     if checkpoint is not None:
         _load_checkpoint(model, Path(checkpoint))

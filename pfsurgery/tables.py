@@ -14,6 +14,7 @@ from pfsurgery.sites import Site
 if TYPE_CHECKING:
     from pfsurgery.job import Step
     from pfsurgery.plan import Plan
+    from pfsurgery.recover import Refit
 
 
 def render(what: RenderableType, width: int = 140) -> str:
@@ -90,6 +91,63 @@ def plan_table(plan: Plan) -> Table:
             d.reason,
             style=None if d.replaced else "dim",
         )
+    return table
+
+
+def fit_table(plan: Plan) -> Table:
+    """One row a site that was fitted to images: its bottleneck, what is left of it, its error."""
+    fitted = [(d, d.structure) for d in plan if d.structure is not None]
+    before = sum(d.site.macs for d, _ in fitted)
+    after = before - sum(d.macs_saved for d, _ in fitted)
+    table = Table(
+        title=f"Policy {plan.policy}: {len(fitted)} of {len(plan)} sites fitted",
+        title_justify="left",
+        show_footer=True,
+    )
+    table.add_column("site", "total", overflow="fold")
+    table.add_column("channels")
+    table.add_column("form")
+    for column in ("reduce", "columns", "waist"):
+        table.add_column(column, justify="right")
+    table.add_column("MACs before", amount(before), justify="right")
+    table.add_column("after", amount(after), justify="right")
+    table.add_column("relative error", justify="right")
+    for d, structure in fitted:
+        geometry = d.site.geometry
+        table.add_row(
+            d.site.name,
+            f"{geometry.in_channels} to {geometry.out_channels}",
+            structure.form,
+            str(structure.reduce or "-"),
+            "dense" if structure.dense else str(structure.columns),
+            str(structure.waist or "-"),
+            amount(d.site.macs),
+            amount(d.site.macs - d.macs_saved),
+            f"{structure.error:.4f}",
+        )
+    return table
+
+
+def refit_table(refits: Iterable[Refit]) -> Table:
+    """One row a site: the layer that was solved again, and its error before and after."""
+    refits = tuple(refits)
+    done = [refit for refit in refits if refit.layer is not None]
+    table = Table(
+        title=f"Refitted layers: {len(done)} of {len(refits)}",
+        title_justify="left",
+        show_footer=True,
+    )
+    table.add_column("site", "total", overflow="fold")
+    table.add_column("layer", overflow="fold")
+    table.add_column("error before", justify="right")
+    table.add_column("after", justify="right")
+    table.add_column("seconds", f"{sum(refit.seconds for refit in done):.1f}", justify="right")
+    for refit in refits:
+        if refit.layer is None:
+            table.add_row(refit.site, f"none: {refit.reason}", "-", "-", "-", style="dim")
+            continue
+        before, after = (f"{error:.4f}" for error in (refit.before, refit.after))
+        table.add_row(refit.site, refit.layer, before, after, f"{refit.seconds:.1f}")
     return table
 
 

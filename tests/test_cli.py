@@ -13,11 +13,15 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from timm.models import load_checkpoint
 
 from pfsurgery import demo, load
 from pfsurgery.cli import main
 
-COMMANDS = (*("demo", "finetune", "scan", "plan", "convert", "compare", "eval", "ops", "policies"),)
+COMMANDS = (
+    *("demo", "finetune", "scan", "plan", "convert", "recover", "compare", "eval"),
+    *("ops", "policies"),
+)
 SMALL = ("--model", "test_resnet", "--num-classes", "10")
 DIGITS_MODEL = (*SMALL, "--no-pretrained", "--data", "digits")
 
@@ -107,6 +111,8 @@ def test_a_budget_is_fitted_to_images(cli, tmp_path):
     )
     assert result.code == 0, result.err
     assert "saved to" in result.out
+    assert "relative error" in result.out
+    assert " s)" in result.out
     assert any("columns" in name or "reduce" in name for name, _ in load(out).named_modules())
 
 
@@ -118,6 +124,54 @@ def test_weights_come_from_a_local_checkpoint(cli, tmp_path):
     out = tmp_path / "fast"
     cli("convert", *SMALL, "--checkpoint", weights, "-p", "shift_all", "--out", out)
     assert torch.equal(load(out).fc.weight, model.fc.weight)
+
+
+@pytest.fixture
+def weights(tmp_path) -> Path:
+    torch.manual_seed(5)
+    path = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("test_resnet", num_classes=10).state_dict(), path)
+    return path
+
+
+def test_recover_refits_a_converted_directory_to_its_original(cli, tmp_path, weights):
+    fast, better = tmp_path / "fast", tmp_path / "better"
+    cli("convert", *SMALL, "--checkpoint", weights, "-p", "avgpool_all", "--out", fast)
+    args = ("--checkpoint", weights, "--data", "digits", "--images", 128, "--out", better)
+    result = cli("recover", "--model", fast, *args)
+    assert result.code == 0, result.err
+    assert "layer1.0.conv1.pointwise" in result.out
+    assert "seconds" in result.out
+    original = timm.create_model("test_resnet", num_classes=10).eval()
+    load_checkpoint(original, str(weights))
+    images = torch.randn(16, 3, 32, 32)
+    with torch.no_grad():
+        goal = original(images)
+        assert dist(load(better)(images), goal) < dist(load(fast)(images), goal)
+
+
+def dist(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).square().mean())
+
+
+def test_recover_asks_for_the_weights_of_the_original(cli, tmp_path, weights):
+    fast = tmp_path / "fast"
+    cli("convert", *SMALL, "--checkpoint", weights, "-p", "avgpool_all", "--out", fast)
+    result = cli("recover", "--model", fast, "--data", "digits", "--out", tmp_path / "better")
+    assert result.code == 2
+    assert "--checkpoint FILE" in result.err
+
+
+def test_recover_converts_first_where_a_policy_is_given(cli, tmp_path, weights):
+    result = cli(
+        *("recover", *SMALL, "--checkpoint", weights, "-p", "shift_all", "--data", "digits"),
+        *("--images", 128, "--size", 32, "--out", tmp_path / "out", "--json"),
+    )
+    assert result.code == 0, result.err
+    refits = [refit for refit in json.loads(result.out) if refit["layer"]]
+    assert refits
+    assert all(refit["after"] <= refit["before"] and refit["seconds"] > 0 for refit in refits)
+    assert load(tmp_path / "out")(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
 
 def test_the_main_job(cli, tmp_path, folder):
@@ -184,6 +238,14 @@ BAD = {
     "budget without a limit": (
         ("convert", *SMALL, "--no-pretrained", "-p", "budget", "--out", "OUT"),
         "one limit",
+    ),
+    "recovery of what was not converted": (
+        ("recover", *SMALL, "--data", "digits", "--out", "OUT"),
+        "was not made by pfsurgery.convert",
+    ),
+    "recovery by a budget": (
+        ("recover", *DIGITS_MODEL, "-p", "budget", "--out", "OUT"),
+        "pfsurgery convert",
     ),
     "limit without a budget": (
         ("convert", *SMALL, "--no-pretrained", "-p", "shift_all", "--macs", "5%", "--out", "OUT"),

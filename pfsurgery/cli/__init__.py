@@ -16,6 +16,7 @@ from pfsurgery.cli.evaluate import evaluate
 from pfsurgery.cli.finetune import finetune
 from pfsurgery.cli.listing import ops, policies
 from pfsurgery.cli.plan import plan
+from pfsurgery.cli.recover import recover
 from pfsurgery.cli.scan import scan
 from pfsurgery.errors import NoEffectWarning, SurgeryError
 
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make trained vision models faster with parameter-free layers.",
 )
-for command in (demo, finetune, scan, plan, convert, compare, ops, policies):
+for command in (demo, finetune, scan, plan, convert, recover, compare, ops, policies):
     app.command()(command)
 app.command("eval")(evaluate)
 

@@ -14,6 +14,7 @@ from pfsurgery.cli import options, show
 from pfsurgery.convert import convert as convert_model
 from pfsurgery.job import first_images
 from pfsurgery.record import record
+from pfsurgery.tables import fit_table
 
 
 def convert(
@@ -61,10 +62,12 @@ def convert(
         chosen,
         example=options.example_of(net, size),
         images=None if data is None else first_images(unlabelled_images(data, net), number),
-        tell=show.line,
+        tell=show.timed(),
     )
     save(fast, out)
     done = record(fast).plans[-1]
+    if any(d.structure for d in done):
+        Console().print(fit_table(done))
     Console().print(
         f"{len(done.replaced)} of {len(done)} sites replaced; saved to {out}", soft_wrap=True
     )

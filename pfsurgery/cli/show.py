@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import typer
 from rich.console import Console
 
 from pfsurgery.job import MODEL_FOLDER, Report
+from pfsurgery.policy import Tell
 
 
 def line(text: str) -> None:
     """One step of the job."""
     Console().print(f"[dim]...[/] {text}")
+
+
+def timed() -> Tell:
+    """Shows each step with the seconds since the one before it."""
+    before = time.perf_counter()
+
+    def tell(text: str) -> None:
+        nonlocal before
+        now = time.perf_counter()
+        line(f"{text} [dim]({now - before:.1f} s)[/]")
+        before = now
+
+    return tell
 
 
 def silent(text: str) -> None:

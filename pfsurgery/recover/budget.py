@@ -19,6 +19,7 @@ from pfsurgery.recover.gram import Moments
 from pfsurgery.recover.hull import spend
 from pfsurgery.recover.options import Option, site_moments, site_options
 from pfsurgery.recover.polish import polish
+from pfsurgery.recover.progress import tracked
 from pfsurgery.recover.screen import MOST_COLUMNS, Screen, is_wide, lifted_kernel, screens
 from pfsurgery.recover.sequence import (
     POSITIONS,
@@ -111,7 +112,7 @@ class Budget:
         for group in _in_memory(mixing):
             ops = [site_operations(site) for site in group]
             moments = input_moments(teacher, group, batches, ops, POSITIONS, looked)
-            for site, o in zip(group, ops, strict=True):
+            for site, o in zip(tracked(group, "finding forms"), ops, strict=True):
                 screen = looked.get(site.name)
                 found = _options(teacher, site, moments.pop(0), o, self.forms, screen)
                 choices[site.name] += found

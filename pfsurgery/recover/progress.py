@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pfsurgery.errors import TrainingError
 
 Show = Callable[[int, str], None]
 Write = Callable[[dict[str, Any]], None]
+Item = TypeVar("Item")
 
 
 @contextmanager
@@ -44,6 +45,20 @@ def progress_bar(total: int, shown: bool | None) -> Iterator[Show]:
     with Progress(*columns, console=console, disable=not visible) as progress:
         task = progress.add_task("", total=total)
         yield lambda step, text: progress.update(task, completed=step, description=text)
+
+
+def tracked(items: Sequence[Item], what: str) -> Iterator[Item]:
+    """The items one by one, under a bar on the standard error where a terminal is attached.
+
+    Args:
+        items: What is worked on, one step each.
+        what: What is done to them; stands behind the bar.
+    """
+    with progress_bar(len(items), None) as show:
+        show(0, what)
+        for place, item in enumerate(items):
+            yield item
+            show(place + 1, what)
 
 
 def json_lines(path: Path | None) -> Write:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -15,6 +17,7 @@ from pfsurgery.record import record
 from pfsurgery.recover.calibration import calibration_batches, frozen_copy, hold_out
 from pfsurgery.recover.norms import recalibrate
 from pfsurgery.recover.polish import polish
+from pfsurgery.recover.progress import tracked
 from pfsurgery.recover.refit import Refit, refit_layer
 from pfsurgery.rewrite import Composite
 
@@ -52,7 +55,8 @@ def reconstruct(
     recalibrate(student, batches)
     seen = view(original, (batches[0][:1],))
     done = []
-    for decision in decisions:
+    for decision in tracked(decisions, "refitting"):
+        started = time.perf_counter()
         name = _layer_behind(student, decision)
         if name is None:
             why = "no pointwise layer reads this site"
@@ -62,7 +66,7 @@ def reconstruct(
         twin = name.removesuffix(".pointwise")
         around = neighbours_of_module(twin, seen)
         refit = refit_layer(student, original, decision.site.name, name, twin, around, batches)
-        done.append(refit)
+        done.append(replace(refit, seconds=time.perf_counter() - started))
         tell(f"{refit.site}: {name} refitted, error {refit.before:.3f} -> {refit.after:.3f}")
     polish(student, original, batches, judges, tell)
     model.load_state_dict(student.state_dict())

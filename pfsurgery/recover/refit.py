@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class Refit:
             than a constant.
         after: The same after.
         reason: Why nothing was refitted; empty where it was.
+        seconds: Wall-clock time that it took.
     """
 
     site: str
@@ -37,6 +38,7 @@ class Refit:
     before: float = 0.0
     after: float = 0.0
     reason: str = ""
+    seconds: float = field(default=0.0, compare=False)
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from pfsurgery.recover.columns import Operation, kernel_columns
 from pfsurgery.recover.fit_columns import fit_bare
 from pfsurgery.recover.gram import sample_positions
 from pfsurgery.recover.options import Option, fit_option, site_moments
+from pfsurgery.recover.progress import tracked
 from pfsurgery.recover.refit import refit_layer
 from pfsurgery.recover.screen import Screen, lifted_kernel, unscreened
 from pfsurgery.recover.target import (
@@ -64,7 +65,7 @@ def refit_in_order(
     student = copy.deepcopy(teacher)
     seen = view(teacher, (batches[0][:1],))
     done: dict[str, Decision] = {}
-    for site in sites:
+    for site in tracked(sites, "fitting"):
         option = chosen[site.name]
         if option is None:
             continue
