@@ -234,3 +234,5 @@ def _write(folder: Path, model: nn.Module, report: Report) -> None:
     (folder / "report.json").write_text(json.dumps(report.to_dict(), indent=2), encoding="utf-8")
     (folder / "plan.json").write_text(report.plan.to_json(), encoding="utf-8")
     report.comparison.figure(folder / "comparison.png")
+    if any(decision.structure for decision in report.plan):
+        report.plan.figure(folder / "structures.png")

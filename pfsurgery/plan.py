@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pfsurgery.errors import PolicyError, UnsupportedSiteError
@@ -259,6 +260,17 @@ class Plan:
             raise PolicyError(f"The plan lacks the key {error}.") from None
         except (TypeError, AttributeError) as error:
             raise PolicyError(f"The plan has a value of the wrong form: {error}.") from None
+
+    def figure(self, path: str | Path) -> None:
+        """Write a figure of the sites that were fitted to images, as PNG.
+
+        Raises:
+            PolicyError: No site was fitted.
+            OSError: `path` cannot be written.
+        """
+        from pfsurgery.measure.structures import draw_structures
+
+        draw_structures(self, path)
 
     def __str__(self) -> str:
         from pfsurgery.tables import render

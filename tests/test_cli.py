@@ -107,9 +107,10 @@ def test_a_budget_is_fitted_to_images(cli, tmp_path):
     out = tmp_path / "fast"
     result = cli(
         *("convert", *SMALL, "--no-pretrained", "-p", "budget", "--macs", "60%", "--size", 32),
-        *("--data", "digits", "--images", 128, "--out", out),
+        *("--data", "digits", "--images", 128, "--out", out, "--figure", tmp_path / "sites.png"),
     )
     assert result.code == 0, result.err
+    assert width_of(tmp_path / "sites.png") > 400
     assert "saved to" in result.out
     assert "relative error" in result.out
     assert " s)" in result.out

@@ -9,7 +9,6 @@ import typer
 
 from pfsurgery.cli import options
 from pfsurgery.convert import convert
-from pfsurgery.errors import SurgeryError
 from pfsurgery.measure import compare as compare_models
 
 
@@ -52,8 +51,5 @@ def compare(
         memory_format="channels_last" if channels_last else None,
     )
     if figure is not None:
-        try:
-            result.figure(figure)
-        except OSError as error:
-            raise SurgeryError(f"{figure} cannot be written: {error.strerror}.") from None
+        options.drawn(result.figure, figure)
     options.emit(result, json, result.to_dict())

@@ -34,6 +34,9 @@ def convert(
     include: options.Include = None,
     exclude: options.Exclude = None,
     mixing: options.Mixing = "auto",
+    figure: Annotated[
+        Path | None, typer.Option(help="For --policy budget: draw the fitted sites as PNG here.")
+    ] = None,
     num_classes: options.NumClasses = None,
     model_kwarg: options.ModelKwarg = None,
     size: options.Size = None,
@@ -68,6 +71,8 @@ def convert(
     done = record(fast).plans[-1]
     if any(d.structure for d in done):
         Console().print(fit_table(done))
+    if figure is not None:
+        options.drawn(done.figure, figure)
     Console().print(
         f"{len(done.replaced)} of {len(done)} sites replaced; saved to {out}", soft_wrap=True
     )

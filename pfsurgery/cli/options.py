@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from torch import nn
 
 from pfsurgery.convert import plan as make_plan
-from pfsurgery.errors import PolicyError, ShapeError
+from pfsurgery.errors import PolicyError, ShapeError, SurgeryError
 from pfsurgery.models import open_model
 from pfsurgery.plan import Plan
 from pfsurgery.policy import DataPolicy
@@ -172,6 +173,14 @@ def example_of(model: nn.Module, size: int | None, batch: int = 1) -> Any:
     if parameter is None:
         raise ShapeError(f"{type(model).__name__} has no parameters.")
     return torch.zeros(batch, channels, height, width, dtype=parameter.dtype)
+
+
+def drawn(draw: Callable[[Path], None], figure: Path) -> None:
+    """Draw a figure into the file that an option names."""
+    try:
+        draw(figure)
+    except OSError as error:
+        raise SurgeryError(f"{figure} cannot be written: {error.strerror}.") from None
 
 
 def emit(table: Any, as_json: bool, values: Any) -> None:

@@ -4,6 +4,7 @@ from pfsurgery.measure.compare import Comparison, Measurement, compare, measure
 from pfsurgery.measure.count import Count, count
 from pfsurgery.measure.latency import Latency, Setting, latency
 from pfsurgery.measure.memory import Memory, peak_memory
+from pfsurgery.measure.structures import draw_structures, operation_shares
 
 __all__ = [
     "Comparison",
@@ -14,7 +15,9 @@ __all__ = [
     "Setting",
     "compare",
     "count",
+    "draw_structures",
     "latency",
     "measure",
+    "operation_shares",
     "peak_memory",
 ]
