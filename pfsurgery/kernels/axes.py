@@ -59,9 +59,10 @@ class Axis:
 
     @cached_property
     def span(self) -> int:
-        """Pixels from the first to the last that one output reads, at most."""
-        last = self.positions[np.arange(self.outputs), self.counts - 1]
-        return int((last - self.positions[:, 0]).max(initial=0)) + 1
+        """Pixels that a ring has to hold: from an output's first to the last read till then."""
+        used = np.flatnonzero(self.counts)
+        last = np.maximum.accumulate(self.positions[used, self.counts[used] - 1])
+        return int((last - self.positions[used, 0]).max(initial=0)) + 1
 
     @cached_property
     def slots(self) -> NDArray[np.int64]:

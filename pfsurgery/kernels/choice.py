@@ -77,6 +77,10 @@ def _why_unfit(x: Tensor) -> str | None:
         if x.dtype not in (torch.float32, torch.float64):
             return f"no CPU kernel computes in {str(x.dtype).removeprefix('torch.')}"
         return _why_missing("numba")
+    if x.device.type == "cuda":
+        if not x.is_floating_point():
+            return f"no GPU kernel computes in {str(x.dtype).removeprefix('torch.')}"
+        return _why_missing("triton")
     return f"there is no kernel for {x.device.type}"
 
 

@@ -10,8 +10,7 @@ from torch.autograd import Function
 
 from pfsurgery.kernels import cpu
 from pfsurgery.kernels.axes import Axis
-
-Group = tuple[int, Axis, Axis]
+from pfsurgery.kernels.layout import Group
 
 
 def max_pool(x: Tensor, down: Axis, across: Axis) -> Tensor:
@@ -41,6 +40,10 @@ def shift(x: Tensor, groups: tuple[Group, ...]) -> Tensor:
 
 
 def _backend(x: Tensor) -> Any:
+    if x.is_cuda:
+        from pfsurgery.kernels import cuda
+
+        return cuda
     return cpu
 
 

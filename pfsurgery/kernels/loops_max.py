@@ -42,6 +42,36 @@ from pfsurgery.kernels.loops_base import (
 
 
 @njit
+def pick_three(dtype, taps, tap_names, names, scale, out, name, length):
+    """`pick` of three taps in one go, the usual case."""
+    a = line(integer(taps, 0), length, dtype)
+    b = line(integer(taps, 1), length, dtype)
+    c = line(integer(taps, 2), length, dtype)
+    own = np.uint8(integer(names, 0) * scale)
+    step = np.uint8(scale)
+    if integer(tap_names, 0) == 0:
+        for i in range(length):
+            x, y, z = a[i], b[i], c[i]
+            second = (y > x) | (y != y)
+            best = y if second else x
+            third = (z > best) | (z != z)
+            out[i] = z if third else best
+            name[i] = own + (np.uint8(2) if third else np.uint8(second))
+        return
+    a_name = line(integer(tap_names, 0), length, np.uint8)
+    b_name = line(integer(tap_names, 1), length, np.uint8)
+    c_name = line(integer(tap_names, 2), length, np.uint8)
+    for i in range(length):
+        x, y, z = a[i], b[i], c[i]
+        nx, ny, nz = a_name[i], b_name[i] + step, c_name[i] + step + step
+        second = (y > x) | (y != y)
+        best, inner = (y, ny) if second else (x, nx)
+        third = (z > best) | (z != z)
+        out[i] = z if third else best
+        name[i] = own + (nz if third else inner)
+
+
+@njit
 def pick(dtype, taps, tap_names, names, scale, count, target, target_name, length):
     """Maxima and which tap each came from, by ATen's rule: the first of equal ones, the last NaN.
 
@@ -49,27 +79,34 @@ def pick(dtype, taps, tap_names, names, scale, count, target, target_name, lengt
     at `tap_names` where the taps are themselves maxima (0 where they are not).
     """
     out, name = line(target, length, dtype), line(target_name, length, np.uint8)
+    if count == 3:
+        pick_three(dtype, taps, tap_names, names, scale, out, name, length)
+        return
     for k in range(count):
         b = line(integer(taps, k), length, dtype)
         own = np.uint8(integer(names, k) * scale)
         inner = integer(tap_names, k)
         n = line(inner, length, np.uint8)
-        if k == 0 and inner == 0:
+        if k == 0:
             for i in range(length):
-                out[i], name[i] = b[i], own
-        elif k == 0:
+                out[i] = b[i]
             for i in range(length):
-                out[i], name[i] = b[i], own + n[i]
+                name[i] = own
+            if inner != 0:
+                for i in range(length):
+                    name[i] += n[i]
         elif inner == 0:
             for i in range(length):
-                better = (b[i] > out[i]) | (b[i] != b[i])
-                name[i] = own if better else name[i]
-                out[i] = b[i] if better else out[i]
+                new, old, old_name = b[i], out[i], name[i]
+                better = (new > old) | (new != new)
+                name[i] = own if better else old_name
+                out[i] = new if better else old
         else:
             for i in range(length):
-                better = (b[i] > out[i]) | (b[i] != b[i])
-                name[i] = own + n[i] if better else name[i]
-                out[i] = b[i] if better else out[i]
+                new, old, new_name, old_name = b[i], out[i], np.uint8(own + n[i]), name[i]
+                better = (new > old) | (new != new)
+                name[i] = new_name if better else old_name
+                out[i] = new if better else old
 
 
 @njit
@@ -142,12 +179,31 @@ def picks(dtype, data):
 
 
 @njit
-def gather_row(dtype, gradient, names, name, begin, length, target):
+def gather_row(dtype, gradient, names, name, length, target):
     """Add the gradients of those windows whose maximum was tap `name`."""
     g, n = line(gradient, length, dtype), line(names, length, np.uint8)
     out, wanted = line(target, length, dtype), np.uint8(name)
     for i in range(length):
-        out[i] += g[i] if n[i] == wanted else dtype(0)
+        new, mine = g[i], n[i] == wanted
+        out[i] += new if mine else dtype(0)
+
+
+@njit
+def gather_three(dtype, gradient, names, name, pitch, length, target):
+    """`gather_row` of three windows side by side, whose taps `name` + 2, + 1 and + 0 are meant."""
+    size = line(gradient, 1, dtype).itemsize
+    a, b = line(gradient, length, dtype), line(gradient + pitch * size, length, dtype)
+    c, out = line(gradient + 2 * pitch * size, length, dtype), line(target, length, dtype)
+    a_name, b_name = line(names, length, np.uint8), line(names + pitch, length, np.uint8)
+    c_name = line(names + 2 * pitch, length, np.uint8)
+    third, second, first = np.uint8(name + 2), np.uint8(name + 1), np.uint8(name)
+    zero = dtype(0)
+    for i in range(length):
+        x, y, z = a[i], b[i], c[i]
+        x = x if a_name[i] == third else zero
+        y = y if b_name[i] == second else zero
+        z = z if c_name[i] == first else zero
+        out[i] = ((out[i] + x) + y) + z
 
 
 @njit
@@ -173,21 +229,46 @@ def gathers(dtype, data):
                 if o < 0 or o >= p[TARGET_ROWS]:
                     continue
                 outputs = (image * p[TARGET_ROWS] + o) * p[TARGET_COLUMNS]
-                for j in range(sideways[KERNEL] - 1, -1, -1):
-                    shift = j * sideways[DILATION] - sideways[PADDING]
-                    begin = max(0, shift)
-                    end = min(columns, p[TARGET_COLUMNS] + shift)
-                    if begin >= end:
-                        continue
-                    read = (outputs + begin - shift) * step
-                    gather_row(
+                tap = i * sideways[KERNEL]
+                width = p[TARGET_COLUMNS]
+                left = sideways[PADDING]
+                if sideways[KERNEL] == 3 and sideways[DILATION] == left == 1 and columns > 2:
+                    pitch, inner = step, (columns - 2) * step
+                    read = outputs * step
+                    for x in (0, columns - 1):
+                        for j in range(2, -1, -1):
+                            if 0 <= x + 1 - j < width:
+                                near = read + (x + 1 - j) * step
+                                here = target + x * step * size
+                                gather_row(
+                                    dtype,
+                                    p[SOURCE] + near * size,
+                                    p[NAME] + near,
+                                    tap + j,
+                                    step,
+                                    here,
+                                )
+                    gather_three(
                         dtype,
                         p[SOURCE] + read * size,
                         p[NAME] + read,
-                        i * sideways[KERNEL] + j,
-                        begin,
-                        (end - begin) * step,
-                        target + begin * step * size,
+                        tap,
+                        pitch,
+                        inner,
+                        target + step * size,
+                    )
+                    continue
+                for j in range(sideways[KERNEL] - 1, -1, -1):
+                    shift = j * sideways[DILATION] - left
+                    begin = max(0, shift)
+                    end = min(columns, width + shift)
+                    if begin >= end:
+                        continue
+                    read = (outputs + begin - shift) * step
+                    here = target + begin * step * size
+                    length = (end - begin) * step
+                    gather_row(
+                        dtype, p[SOURCE] + read * size, p[NAME] + read, tap + j, length, here
                     )
 
 

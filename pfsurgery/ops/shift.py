@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pfsurgery.kernels import choice, functions
 from pfsurgery.kernels.axes import Axis
+from pfsurgery.kernels.layout import Group
 from pfsurgery.ops.base import Op, register_op
 from pfsurgery.ops.window import Window, in_layout_of
 from pfsurgery.sites import Pair, Site
@@ -54,9 +55,7 @@ class Shift(nn.Module):
 
 
 @lru_cache(maxsize=1024)
-def _groups(
-    axes: tuple[Axis, Axis], taps: tuple[tuple[Pair, int], ...]
-) -> tuple[functions.Group, ...]:
+def _groups(axes: tuple[Axis, Axis], taps: tuple[tuple[Pair, int], ...]) -> tuple[Group, ...]:
     """For each tap the end of its channels, and the axes that see it alone."""
     ends = accumulate(channels for _, channels in taps)
     down, across = axes
