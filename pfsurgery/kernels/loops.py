@@ -85,8 +85,20 @@ def mix_with_nan(dtype, taps, count, stride, target, target_stride, length):
 
 
 @njit
-def mix(weights, watch, dtype, taps, count, target, length):
-    """Make `target` the rows at the addresses `taps`, combined; say whether one has a NaN."""
+def has_nan(address, length, dtype):
+    values = line(address, length, dtype)
+    found = False
+    for i in range(length):
+        found |= values[i] != values[i]
+    return found
+
+
+@njit
+def mix(weights, dtype, taps, count, target, length):
+    """Make `target` the rows at the addresses `taps`, combined; say whether one has a NaN.
+
+    Of a maximum's rows the first alone is looked at: see `rest_has_nan`.
+    """
     out = line(target, length, dtype)
     found = False
     if count == 0:
@@ -96,7 +108,7 @@ def mix(weights, watch, dtype, taps, count, target, length):
     wa = weight(weights, 0, dtype)
     if count == 1:
         for i in range(length):
-            if watch is not None:
+            if weights is None:
                 found |= a[i] != a[i]
             out[i] = first(a[i], wa)
         return found
@@ -104,24 +116,33 @@ def mix(weights, watch, dtype, taps, count, target, length):
     wb = weight(weights, 1, dtype)
     if count == 2:
         for i in range(length):
-            if watch is not None:
-                found |= (a[i] != a[i]) | (b[i] != b[i])
+            if weights is None:
+                found |= a[i] != a[i]
             out[i] = then(first(a[i], wa), b[i], wb)
         return found
     c = line(integer(taps, 2), length, dtype)
     wc = weight(weights, 2, dtype)
     for i in range(length):
-        if watch is not None:
-            found |= (a[i] != a[i]) | (b[i] != b[i]) | (c[i] != c[i])
+        if weights is None:
+            found |= a[i] != a[i]
         out[i] = then(then(first(a[i], wa), b[i], wb), c[i], wc)
     for k in range(3, count):
         d = line(integer(taps, k), length, dtype)
         wd = weight(weights, k, dtype)
         for i in range(length):
-            if watch is not None:
-                found |= d[i] != d[i]
             out[i] = then(out[i], d[i], wd)
     return found
+
+
+@njit
+def rest_has_nan(weights, dtype, taps, count, length):
+    """Whether there is a NaN behind the end of the first of rows that overlap."""
+    if weights is not None or count < 2:
+        return False
+    size = line(taps, 1, dtype).itemsize
+    end = integer(taps, 0) + length * size
+    behind = integer(taps, count - 1) + length * size
+    return has_nan(end, (behind - end) // size, dtype)
 
 
 @njit
@@ -152,7 +173,7 @@ def across(weighted, nan, dtype, source, target, begin, end, step, axis_at, taps
     most, stride = axis[MOST], axis[STRIDE]
     positions = line(axis[POSITIONS], end * most, np.int64)
     counts = line(axis[COUNTS], end, np.int64)
-    found = False
+    found, one = False, np.int64(1)
     o = begin
     while o < end:
         run = 1
@@ -164,15 +185,14 @@ def across(weighted, nan, dtype, source, target, begin, end, step, axis_at, taps
         here = target + (o - begin) * step * size
         weights = weights_of(weighted, axis, o)
         if nan and run > 1 and stride > 1:
-            mix_with_nan(dtype, taps, count, stride, here, 1, run)
+            mix_with_nan(dtype, taps, count, stride, here, one, run)
         elif nan:
-            mix_with_nan(dtype, taps, count, 1, here, 1, run * step)
+            mix_with_nan(dtype, taps, count, one, here, one, run * step)
         elif run == 1 or stride == 1:
-            found |= mix(weights, True, dtype, taps, count, here, run * step)
-        elif stride == 2:
-            found |= mix_every(weights, dtype, taps, count, 2, here, 1, run)
+            found |= mix(weights, dtype, taps, count, here, run * step)
+            found |= rest_has_nan(weights, dtype, taps, count, run * step)
         else:
-            found |= mix_every(weights, dtype, taps, count, stride, here, 1, run)
+            found |= mix_every(weights, dtype, taps, count, stride, here, one, run)
         o += run
     return found
 
@@ -192,7 +212,7 @@ def strip(weighted, nan, dtype, data, source, target, begin, end, ring, taps):
     slots = line(down[SLOTS], p[TARGET_ROWS] * most, np.int64)
     counts = line(down[COUNTS], p[TARGET_ROWS], np.int64)
     pitch = (end - begin) * step * size
-    made, slot = 0, 0
+    made, slot, one = 0, 0, np.int64(1)
     for o in range(p[TARGET_ROWS]):
         count = counts[o]
         while count and made <= positions[o * most + count - 1]:
@@ -207,16 +227,17 @@ def strip(weighted, nan, dtype, data, source, target, begin, end, ring, taps):
             tap[k] = ring + slots[o * most + k] * pitch
         here = target + (o * p[TARGET_COLUMNS] + begin) * step * size
         if nan:
-            mix_with_nan(dtype, taps, count, 1, here, 1, (end - begin) * step)
+            mix_with_nan(dtype, taps, count, one, here, one, (end - begin) * step)
         else:
             weights = weights_of(weighted, down, o)
-            mix(weights, None, dtype, taps, count, here, (end - begin) * step)
+            mix(weights, dtype, taps, count, here, (end - begin) * step)
     return True
 
 
 @njit
 def all_strips(weighted, dtype, data, ring, taps):
     p, size = line(data, ARGUMENTS, np.int64), line(data, 1, dtype).itemsize
+    no, yes = np.int64(0), np.int64(1)  # a literal would be compiled for on its own
     parts = (p[TARGET_COLUMNS] + p[GROUP] - 1) // p[GROUP]
     while True:
         unit = take(data)
@@ -227,8 +248,8 @@ def all_strips(weighted, dtype, data, ring, taps):
         target = p[TARGET] + image * p[TARGET_ROWS] * p[TARGET_COLUMNS] * p[STEP] * size
         begin = part * p[GROUP]
         end = min(begin + p[GROUP], p[TARGET_COLUMNS])
-        if not strip(weighted, False, dtype, data, source, target, begin, end, ring, taps):
-            strip(weighted, True, dtype, data, source, target, begin, end, ring, taps)
+        if not strip(weighted, no, dtype, data, source, target, begin, end, ring, taps):
+            strip(weighted, yes, dtype, data, source, target, begin, end, ring, taps)
 
 
 @njit
@@ -239,7 +260,7 @@ def plane(weighted, nan, dtype, data, source, target, images, margin, taps):
     rows, columns, pixels = p[ROWS], p[COLUMNS], p[ROWS] * p[COLUMNS]
     read, made = source, margin + integer(p[DOWN], SPAN) * columns * size
     pitch, outputs, axis = 1, columns, line(p[ACROSS], AXIS, np.int64)
-    found = False
+    found, one = False, np.int64(1)
     for vertical in range(2):
         most, low, high = axis[MOST], axis[FIRST], axis[LAST]
         positions = line(axis[POSITIONS], outputs * most, np.int64)
@@ -250,10 +271,11 @@ def plane(weighted, nan, dtype, data, source, target, images, margin, taps):
             here = made + low * pitch * size
             length = images * pixels - (outputs - high + low) * pitch
             if nan:
-                mix_with_nan(dtype, taps, most, 1, here, 1, length)
+                mix_with_nan(dtype, taps, most, one, here, one, length)
             else:
                 weights = weights_of(weighted, axis, low)
-                found |= mix(weights, True, dtype, taps, most, here, length)
+                found |= mix(weights, dtype, taps, most, here, length)
+                found |= rest_has_nan(weights, dtype, taps, most, length)
         for o in range(outputs):
             if low <= o < high:
                 continue
@@ -281,6 +303,7 @@ def plane(weighted, nan, dtype, data, source, target, images, margin, taps):
 @njit
 def all_planes(weighted, dtype, data, buffer, taps):
     p, size = line(data, ARGUMENTS, np.int64), line(data, 1, dtype).itemsize
+    no, yes = np.int64(0), np.int64(1)  # a literal would be compiled for on its own
     pixels = p[ROWS] * p[COLUMNS]
     while True:
         unit = take(data)
@@ -289,8 +312,8 @@ def all_planes(weighted, dtype, data, buffer, taps):
         begin = unit * p[GROUP]
         images = min(p[GROUP], p[IMAGES] - begin)
         source, target = p[SOURCE] + begin * pixels * size, p[TARGET] + begin * pixels * size
-        if not plane(weighted, False, dtype, data, source, target, images, buffer, taps):
-            plane(weighted, True, dtype, data, source, target, images, buffer, taps)
+        if not plane(weighted, no, dtype, data, source, target, images, buffer, taps):
+            plane(weighted, yes, dtype, data, source, target, images, buffer, taps)
 
 
 @njit
@@ -299,7 +322,7 @@ def strips(weighted, dtype, data):
     p = line(data, ARGUMENTS, np.int64)
     ring = np.empty(integer(p[DOWN], SPAN) * p[GROUP] * p[STEP], dtype)
     taps = np.empty(MOST_TAPS, np.int64)
-    all_strips(weighted, dtype, data, ring.ctypes.data, taps.ctypes.data)
+    all_strips(weighted, dtype, data, np.int64(ring.ctypes.data), np.int64(taps.ctypes.data))
     return ring, taps  # read here, so that both live till then
 
 
@@ -310,7 +333,7 @@ def planes(weighted, dtype, data):
     margin = 2 * integer(p[DOWN], SPAN) * p[COLUMNS]
     buffer = np.empty(p[GROUP] * p[ROWS] * p[COLUMNS] + margin, dtype)
     taps = np.empty(MOST_TAPS, np.int64)
-    all_planes(weighted, dtype, data, buffer.ctypes.data, taps.ctypes.data)
+    all_planes(weighted, dtype, data, np.int64(buffer.ctypes.data), np.int64(taps.ctypes.data))
     return buffer, taps  # read here, so that both live till then
 
 

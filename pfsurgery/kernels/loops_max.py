@@ -174,7 +174,13 @@ def picks(dtype, data):
     numbers = integer(p[DOWN], SPAN) * p[TARGET_COLUMNS] * p[STEP]
     ring, ring_name = np.empty(numbers, dtype), np.empty(numbers, np.uint8)
     taps = np.empty(2 * MOST_TAPS, np.int64)
-    all_picks(dtype, data, ring.ctypes.data, ring_name.ctypes.data, taps.ctypes.data)
+    all_picks(
+        dtype,
+        data,
+        np.int64(ring.ctypes.data),
+        np.int64(ring_name.ctypes.data),
+        np.int64(taps.ctypes.data),
+    )
     return ring, ring_name, taps  # read here, so that they live till then
 
 
