@@ -29,6 +29,8 @@ def images(x: Tensor) -> tuple[int, int]:
 
 def empty(x: Tensor, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor (N, C, rows, columns) in the layout of `x`, of its dtype unless another is given."""
+    if (rows, columns) == x.shape[2:]:
+        return torch.empty_like(x, dtype=dtype)
     layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
     size = (*x.shape[:2], rows, columns)
     return torch.empty(size, dtype=dtype or x.dtype, device=x.device, memory_format=layout)
