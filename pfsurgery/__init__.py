@@ -1,11 +1,13 @@
 """Make trained vision models faster: swap spatial convolutions for parameter-free operations."""
 
+from pfsurgery import kernels
 from pfsurgery.base import Base, set_base
 from pfsurgery.checkpoint import load, save
 from pfsurgery.convert import convert, convert_, plan
 from pfsurgery.errors import SurgeryError
 from pfsurgery.measure import Comparison, Measurement, compare, measure
 from pfsurgery.ops import Op, Support, list_ops, register_op
+from pfsurgery.optimize import optimize
 from pfsurgery.plan import Decision, Plan
 from pfsurgery.policy import Policy, Rule, get_policy, list_policies, register_policy
 from pfsurgery.record import Record, record
@@ -47,10 +49,12 @@ __all__ = [
     "evaluate",
     "finetune",
     "get_policy",
+    "kernels",
     "list_ops",
     "list_policies",
     "load",
     "measure",
+    "optimize",
     "plan",
     "recalibrate",
     "reconstruct",

@@ -64,6 +64,12 @@ def remember(model: nn.Module, plan: Plan) -> None:
         model.meta[_ATTRIBUTE] = now  # a GraphModule's deep copy keeps its meta alone
 
 
+def forget(model: nn.Module) -> None:
+    """Take the record off `model`."""
+    model.__dict__.pop(_ATTRIBUTE, None)
+    getattr(model, "meta", {}).pop(_ATTRIBUTE, None)
+
+
 def _read(model: nn.Module) -> Record | None:
     found = model.__dict__.get(_ATTRIBUTE) or getattr(model, "meta", {}).get(_ATTRIBUTE)
     return found if isinstance(found, Record) else None

@@ -22,6 +22,9 @@ def compare(
     ] = None,
     batch: Annotated[int, typer.Option(help="Images in the example batch.", min=1)] = 1,
     channels_last: Annotated[bool, typer.Option(help="Time both in channels_last.")] = False,
+    optimized: Annotated[
+        bool, typer.Option(help="Fold norms and choose the layout of both first.")
+    ] = False,
     repeats: Annotated[int, typer.Option(help="Timed rounds.", min=2)] = 20,
     figure: Annotated[Path | None, typer.Option(help="Write a PNG figure here.")] = None,
     num_classes: options.NumClasses = None,
@@ -49,6 +52,7 @@ def compare(
         options.example_of(before, size, batch),
         repeats=repeats,
         memory_format="channels_last" if channels_last else None,
+        optimized=optimized,
     )
     if figure is not None:
         options.drawn(result.figure, figure)

@@ -245,6 +245,7 @@ def compare(
     repeats: int = 20,
     warmup: int = 3,
     memory_format: MemoryFormat | None = None,
+    optimized: bool = False,
 ) -> Comparison:
     """Measure two models on the same example, timing them in turns.
 
@@ -257,16 +258,20 @@ def compare(
         warmup: Forward passes before them that are thrown away.
         memory_format: Layout in which copies of the models are timed and weighed; by default
             they are taken as they are.
+        optimized: Measure what `optimize` makes of each, so that the comparison stays fair.
 
     Raises:
         ShapeError: A model does not run on the example.
         SurgeryError: A model cannot be traced, or an option has a value that is impossible.
     """
     args = example_inputs(before, example)
+    models = [before, after]
+    if optimized:
+        from pfsurgery.optimize import optimize
+
+        models = [optimize(m, args, memory_format=memory_format or "fastest") for m in models]
     return Comparison(
-        *_measure(
-            [before, after], args, repeats=repeats, warmup=warmup, memory_format=memory_format
-        )
+        *_measure(models, args, repeats=repeats, warmup=warmup, memory_format=memory_format)
     )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pfsurgery.kernels import choice, functions
 from pfsurgery.ops.base import Op, register_op
 from pfsurgery.ops.window import Window
 from pfsurgery.sites import Site
@@ -37,6 +38,11 @@ class Blur(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The filtered input."""
         window = self.window
+        autocast = torch.is_autocast_enabled(x.device.type)  # the stock convolution would cast
+        if not autocast and choice.why_stock(x) is None:
+            axes = window.axes(x, "binomial")
+            if axes is not None:
+                return functions.weighted_sum(x, *axes)
         mode = "replicate" if window.padding_mode == "zeros" else window.padding_mode
         channels = x.shape[-3]
         (down, right), (dilate_down, dilate_right) = window.stride, window.dilation

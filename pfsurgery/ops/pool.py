@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pfsurgery.kernels import choice, functions
 from pfsurgery.ops.base import Op, Support, register_op
 from pfsurgery.ops.window import Window
 from pfsurgery.sites import Site
@@ -27,6 +28,8 @@ class MaxPool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The window's maximum for each channel."""
         window = self.window
+        if choice.why_stock(x) is None and (axes := window.axes(x, "none")) is not None:
+            return functions.max_pool(x, *axes)
         padding = window.stock_padding
         if padding is None:
             x, padding = window.pad(x, value=-math.inf), (0, 0)
@@ -53,6 +56,8 @@ class AvgPool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The window's mean for each channel."""
         window = self.window
+        if choice.why_stock(x) is None and (axes := window.axes(x, "mean")) is not None:
+            return functions.weighted_sum(x, *axes)
         padding = window.stock_padding
         if padding is not None:
             return F.avg_pool2d(

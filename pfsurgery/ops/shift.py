@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from itertools import accumulate
+
 import torch
 from torch import Tensor, nn
 
+from pfsurgery.kernels import choice, functions
+from pfsurgery.kernels.axes import Axis
+from pfsurgery.kernels.layout import Group
 from pfsurgery.ops.base import Op, register_op
 from pfsurgery.ops.window import Window, in_layout_of
-from pfsurgery.sites import Site
+from pfsurgery.sites import Pair, Site
 
 
 class Shift(nn.Module):
@@ -32,6 +38,10 @@ class Shift(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Each group at its place."""
+        if choice.why_stock(x) is None:
+            axes = self.window.axes(x, "none")
+            if axes is not None:
+                return functions.shift(x, _groups(axes, self.taps))
         padded = self.window.pad(x)
         groups = torch.split(padded, [size for _, size in self.taps], dim=-3)
         moved = [
@@ -42,6 +52,16 @@ class Shift(nn.Module):
     def extra_repr(self) -> str:
         """The window, for printing."""
         return str(self.window)
+
+
+@lru_cache(maxsize=1024)
+def _groups(axes: tuple[Axis, Axis], taps: tuple[tuple[Pair, int], ...]) -> tuple[Group, ...]:
+    """For each tap the end of its channels, and the axes that see it alone."""
+    ends = accumulate(channels for _, channels in taps)
+    down, across = axes
+    return tuple(
+        (end, down.tap(i), across.tap(j)) for end, ((i, j), _) in zip(ends, taps, strict=True)
+    )
 
 
 class Subsample(nn.Module):

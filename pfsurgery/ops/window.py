@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pfsurgery.kernels.axes import Axis, Weighing, axis
 from pfsurgery.sites import Geometry, Pair
 
 
@@ -54,8 +56,7 @@ class Window:
             value: What `"zeros"` padding is filled with.
             mode: Padding mode in place of the window's own.
         """
-        geometry = Geometry(1, 1, self.kernel_size, self.stride, self.padding, self.dilation)
-        (top, bottom), (left, right) = geometry.pads((x.shape[-2], x.shape[-1]))
+        (top, bottom), (left, right) = self._pads((x.shape[-2], x.shape[-1]))
         if not (top or bottom or left or right):
             return x
         mode = mode or self.padding_mode
@@ -63,6 +64,14 @@ class Window:
         if mode == "zeros":
             return F.pad(x, edges, value=value)
         return in_layout_of(x, F.pad(x, edges, mode=mode))
+
+    def axes(self, x: Tensor, weighing: Weighing) -> tuple[Axis, Axis] | None:
+        """The two axes of the windows on (N, C, H, W); None where they are not for the kernels."""
+        return _axes(self, (x.shape[2], x.shape[3]), weighing)
+
+    def _pads(self, size: Pair) -> tuple[Pair, Pair]:
+        geometry = Geometry(1, 1, self.kernel_size, self.stride, self.padding, self.dilation)
+        return geometry.pads(size)
 
     def tap(self, padded: Tensor, position: Pair) -> Tensor:
         """What one tap of the kernel sees: a view (N, C, H', W') of the padded input."""
@@ -110,6 +119,21 @@ class Window:
                     f"border windows could hold nothing but padding"
                 )
         return None
+
+
+@lru_cache(maxsize=1024)
+def _axes(window: Window, size: Pair, weighing: Weighing) -> tuple[Axis, Axis] | None:
+    if window.padding_mode != "zeros" or window.kernel_size[0] * window.kernel_size[1] > 256:
+        return None
+    made = []
+    fields = (window.kernel_size, window.stride, window.dilation)
+    for i, pad in enumerate(window._pads(size)):
+        kernel_size, stride, dilation = (field[i] for field in fields)
+        outputs = (size[i] + sum(pad) - dilation * (kernel_size - 1) - 1) // stride + 1
+        if outputs < 1:
+            return None
+        made.append(axis(size[i], outputs, kernel_size, stride, dilation, pad[0], weighing))
+    return made[0], made[1]
 
 
 def in_layout_of(x: Tensor, made: Tensor) -> Tensor:

@@ -1,0 +1,95 @@
+"""Which path an operation takes: a fast kernel, or the stock ATen calls."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+_SWITCH = "PFSURGERY_KERNELS"
+_SMALL = 2048  # numbers; below, the stock call is over before a kernel has started
+_enabled: ContextVar[bool] = ContextVar("pfsurgery_kernels", default=True)
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Take the stock ATen calls within the block, in this thread."""
+    token = _enabled.set(False)
+    try:
+        yield
+    finally:
+        _enabled.reset(token)
+
+
+def why_stock(x: Tensor) -> str | None:
+    """Why the stock calls are taken for an input (N, C, H, W); None where a kernel runs."""
+    return (
+        _why_traced(x)
+        or (None if _enabled.get() else "kernels are switched off by `disabled`")
+        or _why_unfit(x)
+    )
+
+
+def explain(x: Tensor) -> str:
+    """Which path the operations take for an input (N, C, H, W) here and now, and why.
+
+    Operations have reasons of their own beside these: reflected and circular padding, kernels of
+    more than 256 taps and blurs under autocast always take the stock calls.
+    """
+    reason = why_stock(x)
+    if reason is not None:
+        return f"stock ATen calls: {reason}"
+    library = "Triton" if x.is_cuda else "Numba"
+    layout = "NCHW" if x.is_contiguous() else "channels_last"
+    return f"{library} kernel: {layout}, {str(x.dtype).removeprefix('torch.')} on {x.device}"
+
+
+def _why_traced(x: Tensor) -> str | None:
+    """Why someone has to see standard operators."""
+    if torch.compiler.is_compiling():
+        return "torch.compile or torch.export is tracing"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit is tracing"
+    if type(x) is not Tensor and type(x) is not nn.Parameter:
+        return f"the input is a {type(x).__name__}, not a plain tensor"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a functorch transform (vmap, grad, jvp) is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode AD is active"
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return "a mode is active that watches torch's calls"
+    return None
+
+
+def _why_unfit(x: Tensor) -> str | None:
+    if x.ndim != 4:
+        return f"the input has {x.ndim} dimensions, not 4"
+    if x.numel() < _SMALL:
+        return f"the input has less than {_SMALL} numbers"
+    if x.device.type == "cpu":
+        if x.dtype not in (torch.float32, torch.float64):
+            return f"no CPU kernel computes in {str(x.dtype).removeprefix('torch.')}"
+        return _why_missing("numba")
+    if x.device.type == "cuda":
+        if not x.is_floating_point():
+            return f"no GPU kernel computes in {str(x.dtype).removeprefix('torch.')}"
+        return _why_missing("triton")
+    return f"there is no kernel for {x.device.type}"
+
+
+@lru_cache
+def _why_missing(library: str) -> str | None:
+    if os.environ.get(_SWITCH, "1") == "0":
+        return f"{_SWITCH}=0 switches the kernels off"
+    try:
+        missing = find_spec(library) is None
+    except ValueError:
+        missing = True
+    return f"{library} is not installed" if missing else None

@@ -1,0 +1,136 @@
+"""Copies for inference: the same outputs, no norms left where they can be folded."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import timm
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import pfsurgery
+from pfsurgery.cli import app
+from pfsurgery.errors import RecordMismatchError
+from pfsurgery.ops.pool import AvgPool, MaxPool
+from pfsurgery.ops.window import Window
+
+SAME = Window((3, 3), (1, 1), (1, 1))
+
+
+def trained(model: nn.Module) -> nn.Module:
+    """Norms with statistics and weights as training leaves them."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, low in (
+                (module.running_mean, -1.0),
+                (module.running_var, 0.5),
+                (module.weight, 0.5),
+                (module.bias, -1.0),
+            ):
+                tensor.data.copy_(torch.rand(tensor.shape, generator=generator) + low)
+    return model.eval()
+
+
+def norms(model: nn.Module) -> list[str]:
+    return [name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [("test_resnet", "maxpool_all"), ("test_efficientnet", "avgpool_all"), ("test_byobnet", None)],
+)
+def test_outputs_stay_and_norms_go(name, policy):
+    model = trained(timm.create_model(name))
+    if policy:
+        model = trained(pfsurgery.convert(model, policy))
+    x = torch.randn(2, 3, 160, 160)
+    with torch.no_grad():
+        before = model(x)
+        state = {key: value.clone() for key, value in model.state_dict().items()}
+        fast = pfsurgery.optimize(model, x)
+        torch.testing.assert_close(fast(x), before, rtol=1e-3, atol=1e-4)
+    assert type(fast) is type(model)
+    assert len(norms(fast)) < len(norms(model)) / 2
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("pool", [MaxPool(SAME), AvgPool(SAME)])
+def test_a_norm_is_folded_through_a_pool(pool):
+    model = trained(nn.Sequential(nn.Conv2d(3, 8, 1), pool, nn.BatchNorm2d(8), nn.ReLU()))
+    x = torch.randn(2, 3, 9, 9)
+    fast = pfsurgery.optimize(model, x, memory_format="contiguous")
+    assert not norms(fast)
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_maximum_is_not_crossed_by_a_negative_scale():
+    model = trained(nn.Sequential(nn.Conv2d(3, 8, 1), MaxPool(SAME), nn.BatchNorm2d(8)))
+    model[2].weight.data[3] = -1
+    assert norms(pfsurgery.optimize(model, torch.randn(1, 3, 9, 9))) == ["2"]
+
+
+def test_a_norm_in_front_of_a_pointwise_convolution_is_folded_into_it():
+    model = trained(nn.Sequential(MaxPool(SAME), nn.BatchNorm2d(3), nn.Conv2d(3, 8, 1)))
+    x = torch.randn(2, 3, 9, 9)
+    fast = pfsurgery.optimize(model, x, memory_format="contiguous")
+    assert not norms(fast)
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_dead_channel_leaves_no_denormal_weights():
+    model = trained(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)))
+    model[1].weight.data[2] = 1e-39
+    fast = pfsurgery.optimize(model, torch.randn(1, 3, 9, 9))
+    weight = fast[0].weight
+    assert (weight[2] == 0).all()
+    assert not ((weight != 0) & (weight.abs() < torch.finfo(torch.float32).tiny)).any()
+
+
+class Twice(nn.Module):
+    """One norm for two convolutions, and a convolution whose output is read beside its norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.shared, self.last = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        x = self.shared(self.second(self.shared(self.first(x))))
+        x = self.first(x)
+        return self.last(x) + x
+
+
+def test_what_is_shared_or_read_elsewhere_is_left_alone():
+    model = trained(Twice())
+    x = torch.randn(2, 3, 9, 9)
+    fast = pfsurgery.optimize(model, x)
+    assert norms(fast) == ["shared", "last"]
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_an_optimized_copy_is_not_saved(tmp_path):
+    model = pfsurgery.convert(timm.create_model("test_resnet"), "maxpool_all")
+    with pytest.raises(RecordMismatchError, match="no record"):
+        pfsurgery.save(pfsurgery.optimize(model), tmp_path)
+    pfsurgery.save(model, tmp_path)
+
+
+def test_compare_optimizes_both_sides():
+    model = timm.create_model("test_resnet").eval()
+    fast = pfsurgery.convert(model, "maxpool_all")
+    x = torch.randn(1, 3, 160, 160)
+    plain = pfsurgery.compare(model, fast, x, repeats=2, warmup=1)
+    both = pfsurgery.compare(model, fast, x, repeats=2, warmup=1, optimized=True)
+    assert both.before.count.macs == plain.before.count.macs
+    assert both.before.count.parameters < plain.before.count.parameters
+    assert both.after.count.parameters < plain.after.count.parameters
+
+
+def test_the_command_line_compares_optimized_models():
+    command = "compare --model test_resnet --policy maxpool_all --optimized --repeats 2 --json"
+    done = CliRunner().invoke(app, command.split())
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["ratios"]
