@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pfsurgery.batches import unlabelled_images
@@ -32,7 +33,7 @@ def calibration_batches(images: Any, model: nn.Module) -> list[Tensor]:
     batches = [
         part.to(parameter.device, parameter.dtype)
         for batch in unlabelled_images(images, model)
-        for part in batch.split(max(1, _ELEMENTS // max(1, batch.shape[1:].numel())))
+        for part in torch.split(batch, max(1, _ELEMENTS // max(1, batch.shape[1:].numel())))
         if len(part)
     ]
     if not batches:
