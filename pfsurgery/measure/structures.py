@@ -19,7 +19,7 @@ _COLORS = {
     "dense convolution": "#c8552f",
 }
 _INK, _FAINT = "#222222", "#6f6f6f"
-_LEFT = ("reduce", "#2a7f8e", "o"), ("waist", "#c8552f", "D")
+_REDUCE, _WAIST = "#2a7f8e", "#c8552f"
 
 
 def draw_structures(plan: Plan, path: str | Path) -> None:
@@ -54,7 +54,8 @@ def draw_structures(plan: Plan, path: str | Path) -> None:
     _draw_columns(columns, [_columns_per_channel(d, s) for d, s in fitted])
     _draw_widths(widths, fitted)
     _draw_errors(errors, fitted)
-    shares.set_yticks(range(len(fitted)), [d.site.name for d, _ in fitted], fontsize=8.5)
+    names = [f"{d.site.name}  {structure.form}" for d, structure in fitted]
+    shares.set_yticks(range(len(fitted)), names, fontsize=8.5)
     shares.set_ylim(len(fitted) - 0.5, -0.5)
     for axes in (shares, columns, widths, errors):
         axes.tick_params(axis="y", length=0, labelcolor=_INK)
@@ -108,11 +109,9 @@ def _draw_shares(axes: Any, fitted: list[tuple[Decision, Structure]]) -> None:
             continue
         axes.barh(range(len(fitted)), widths, 0.7, left, color=color, label=name)
         left = [start + width for start, width in zip(left, widths, strict=True)]
-    for place, (_, structure) in enumerate(fitted):
-        axes.text(0.015, place, structure.form, va="center", fontsize=7.5, color="white")
     axes.set_xlim(0, 1)
     axes.set_xticks((0, 0.5, 1), ("0", "50", "100 %"))
-    _legend(axes, 3)
+    _legend(axes)
     axes.set_xlabel("operations (share of the columns)", fontsize=8.5, color=_INK)
 
 
@@ -125,21 +124,24 @@ def _draw_columns(axes: Any, columns: list[float]) -> None:
 
 
 def _draw_widths(axes: Any, fitted: list[tuple[Decision, Structure]]) -> None:
-    for name, color, marker in _LEFT:
-        points = []
-        for place, (decision, structure) in enumerate(fitted):
-            geometry = decision.site.geometry
-            width, whole = {
-                "reduce": (structure.reduce, geometry.in_channels),
-                "waist": (structure.waist, geometry.out_channels),
-            }[name]
-            if width is not None:
-                points.append((width / whole, place))
-        if points:
-            across, down = zip(*points, strict=True)
-            axes.scatter(across, down, 26, color=color, marker=marker, label=name, zorder=3)
+    rows = [(place, d.site.geometry, s) for place, (d, s) in enumerate(fitted)]
+    reduce = [(s.reduce / g.in_channels, place) for place, g, s in rows if s.reduce]
+    waist = [(s.waist / g.out_channels, place) for place, g, s in rows if s.waist]
+    if reduce:
+        axes.scatter(
+            *zip(*reduce, strict=True),
+            s=52,
+            facecolor="none",
+            edgecolor=_REDUCE,
+            linewidth=1.8,
+            label="reduce",
+            zorder=3,
+        )
+    if waist:
+        axes.scatter(*zip(*waist, strict=True), s=20, color=_WAIST, label="waist", zorder=3)
     axes.set_xlim(0, max(1.0, axes.get_xlim()[1]))
-    _legend(axes, 2)
+    if reduce or waist:
+        _legend(axes)
     axes.set_xlabel("width / channels", fontsize=8.5, color=_INK)
 
 
@@ -155,11 +157,11 @@ def _draw_errors(axes: Any, fitted: list[tuple[Decision, Structure]]) -> None:
     axes.set_xlabel("relative error, at MACs left", fontsize=8.5, color=_INK)
 
 
-def _legend(axes: Any, columns: int) -> None:
+def _legend(axes: Any) -> None:
     axes.legend(
         loc="lower left",
         bbox_to_anchor=(0, 1),
-        ncols=columns,
+        ncols=len(_COLORS),
         fontsize=7.5,
         frameon=False,
         handlelength=1,
