@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from machine import describe
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pfsurgery.kernels import disabled, explain
@@ -43,7 +43,7 @@ def times(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, d
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
-        for _ in range(5):
+        for _ in range(3):
             call()
     end = time.perf_counter() + seconds
     rounds = 0
@@ -77,6 +77,8 @@ def forward(x: Tensor, compiled: bool, seconds: float) -> dict[str, dict[str, fl
         "shift": lambda: shift(x),
         "ATen max_pool2d": lambda: F.max_pool2d(x, 3, 1, 1),
         "ATen avg_pool2d": lambda: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),
+        "blur, stock calls": lambda: stock(blur, x),
+        "shift, stock calls": lambda: stock(shift, x),
         "depthwise 3x3": lambda: F.conv2d(x, thin, padding=1, groups=channels),
         "dense 3x3": lambda: F.conv2d(x, dense, padding=1),
         "max_pool stride 2": lambda: down(x),
@@ -89,6 +91,11 @@ def forward(x: Tensor, compiled: bool, seconds: float) -> dict[str, dict[str, fl
         calls["torch.compile max_pool2d"] = lambda: pool(x)
     with torch.inference_mode():
         return times(calls, seconds)
+
+
+def stock(op: nn.Module, x: Tensor) -> object:
+    with disabled():
+        return op(x)
 
 
 def training(x: Tensor, seconds: float) -> dict[str, dict[str, float]]:

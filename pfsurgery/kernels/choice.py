@@ -40,8 +40,9 @@ def why_stock(x: Tensor) -> str | None:
 def explain(x: Tensor) -> str:
     """Which path the operations take for an input (N, C, H, W) here and now, and why.
 
-    Operations have reasons of their own beside these: reflected and circular padding, kernels of
-    more than 256 taps and blurs under autocast always take the stock calls.
+    Operations have reasons of their own beside these. The stock calls are taken for padding that
+    is not zeros, kernels of more than 256 taps, blurs under autocast and, on a CPU, pools with a
+    stride in channels_last or on planes less than 16 pixels wide, where ATen's are faster.
     """
     reason = why_stock(x)
     if reason is not None:

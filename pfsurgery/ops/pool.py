@@ -9,9 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pfsurgery.kernels import choice, functions
+from pfsurgery.kernels.axes import Axis, Weighing
 from pfsurgery.ops.base import Op, Support, register_op
 from pfsurgery.ops.window import Window
 from pfsurgery.sites import Site
+
+_NARROW = 16
 
 
 class MaxPool(nn.Module):
@@ -28,7 +31,7 @@ class MaxPool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The window's maximum for each channel."""
         window = self.window
-        if choice.why_stock(x) is None and (axes := window.axes(x, "none")) is not None:
+        if (axes := _axes(window, x, "none")) is not None:
             return functions.max_pool(x, *axes)
         padding = window.stock_padding
         if padding is None:
@@ -56,7 +59,7 @@ class AvgPool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The window's mean for each channel."""
         window = self.window
-        if choice.why_stock(x) is None and (axes := window.axes(x, "mean")) is not None:
+        if (axes := _axes(window, x, "mean")) is not None:
             return functions.weighted_sum(x, *axes)
         padding = window.stock_padding
         if padding is not None:
@@ -72,6 +75,20 @@ class AvgPool(nn.Module):
     def extra_repr(self) -> str:
         """The window, for printing."""
         return str(self.window)
+
+
+def _axes(window: Window, x: Tensor, weighing: Weighing) -> tuple[Axis, Axis] | None:
+    """The window's axes where a kernel runs on `x`, None where the stock call does.
+
+    On a CPU the stock call is faster at a stride in channels_last and on small planes (see
+    `benchmarks/kernels.py`).
+    """
+    if choice.why_stock(x) is not None:
+        return None
+    small = not x.is_contiguous() or x.shape[3] < _NARROW
+    if window.stride != (1, 1) and x.device.type == "cpu" and small:
+        return None
+    return window.axes(x, weighing)
 
 
 class MaxPoolOp(Op):
