@@ -107,7 +107,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 500)
     return 100 * right / len(labels)
 
 
-def _augment(images: Tensor, size: int, generator: torch.Generator, pad: int = 2) -> Tensor:
+def augment(images: Tensor, size: int, generator: torch.Generator, pad: int = 2) -> Tensor:
     """Random crops (N, 3, size, size) of zero-padded uint8 images, half of them mirrored."""
     n, _, h, w = images.shape
     padded = F.pad(images, (pad, pad, pad, pad))
@@ -122,6 +122,13 @@ def _augment(images: Tensor, size: int, generator: torch.Generator, pad: int = 2
     )
 
 
+def decayed(model: nn.Module) -> list[dict[str, object]]:
+    """Parameter groups: weight decay for kernels, none for norms and biases."""
+    kernels = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    return [{"params": kernels, "weight_decay": 5e-4}, {"params": rest, "weight_decay": 0.0}]
+
+
 def _cycle(
     model: nn.Module,
     images: Tensor,
@@ -133,14 +140,7 @@ def _cycle(
     """One cycle of SGD with a one-cycle schedule, an epoch for each crop size."""
     batch = 128
     steps = len(labels) // batch
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim <= 1]
-    optimiser = torch.optim.SGD(
-        [{"params": decayed, "weight_decay": 5e-4}, {"params": rest, "weight_decay": 0.0}],
-        lr=rate,
-        momentum=0.9,
-        nesterov=True,
-    )
+    optimiser = torch.optim.SGD(decayed(model), lr=rate, momentum=0.9, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, rate, total_steps=steps * len(sizes), pct_start=0.25
     )
@@ -150,7 +150,7 @@ def _cycle(
         total = 0.0
         order = torch.randperm(len(labels), generator=generator)
         for index in order[: steps * batch].split(batch):
-            x = normalise(_augment(images[index], size, generator))
+            x = normalise(augment(images[index], size, generator))
             loss = F.cross_entropy(model(x), labels[index], label_smoothing=0.05)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()

@@ -1,179 +1,250 @@
-"""Accuracy without any training, against multiply-adds: fitted budgets and their rivals.
+"""Recovery without training, and after a short distillation, against its rivals.
 
-    python benchmarks/recovery.py --data CIFAR10_DIR
+    python benchmarks/recovery.py fit --data CIFAR10_DIR --net basic
+    python benchmarks/recovery.py images --data CIFAR10_DIR --net basic
+    python benchmarks/recovery.py latency --data CIFAR10_DIR --net basic
+    python benchmarks/recovery.py distil --data CIFAR10_DIR --net basic --steps 200
+    python benchmarks/recovery.py draw --net basic
 
-Each method makes a smaller network from the same trained one, sees the same unlabelled training
-images and takes no gradient step. Rivals: data-aware low rank with the same budget rule, and
-Torch-Pruning (group magnitude, widths rounded to 8) with re-estimated norms. Latency is the ratio
-to the original, both interleaved in one process. The result file is what this script writes.
+All methods start from the same trained network and see the same unlabelled training images; `fit`
+takes no gradient step. Each row is written as soon as it is there, and rows that are there are not
+made again, so a run can be stopped at any time, for instance by `--seconds`. Only `latency` needs
+an idle machine; it is the ratio to the original, both timed in turns. `results/` holds what this
+script writes; smaller networks are kept in `cache/`.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 
 import base_nets
 import torch
-from matplotlib.figure import Figure
-from torch import Tensor, nn
+from distillation import RATES, distilled
+from methods import METHODS, WITHOUT_BUDGET, Task
+from recovery_figures import draw
+from torch import nn
 
-import pfsurgery
 from pfsurgery.measure import count, latency
-from pfsurgery.recover import Budget
 
 RESULTS = Path(__file__).parent / "results"
-BUDGETS = {"basic": (5.5, 9.6, 17.5, 25.5), "bottleneck": (28.0, 30.0, 32.0)}
-Method = Callable[[nn.Module, float, list[Tensor]], nn.Module]
+BUDGETS = {
+    "basic": (25.5, 17.5, 9.6, 5.5),
+    "bottleneck": (32.0, 30.0, 28.0, 18.5, 13.5),
+    "depthwise": (25.0, 20.0, 14.0, 7.0),
+}
+IMAGES = (128, 500, 2000, 5000)
+SWEPT = ("budget", "data-aware Tucker-2", "Torch-Pruning, our refit")
+STEPS = (200, 1000)
+Row = dict[str, object]
 
 
-def fitted(model: nn.Module, mmacs: float, images: list[Tensor]) -> nn.Module:
-    """`budget` as it is."""
-    return pfsurgery.convert(model, pfsurgery.budget(macs=mmacs * 1e6), images=images)
+class Store:
+    """The rows of one network, in a JSON file that is rewritten after each."""
+
+    def __init__(self, net: str, results: Path) -> None:
+        self.net = net
+        self.path = results / f"recovery_{net}.json"
+        self.content: dict[str, object] = {"net": net, "rows": []}
+        if self.path.exists():
+            self.content = json.loads(self.path.read_text())
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows so far."""
+        return self.content["rows"]
+
+    def has(self, **key: object) -> bool:
+        """Whether a row with these values is there."""
+        return any(all(row.get(k) == v for k, v in key.items()) for row in self.rows)
+
+    def add(self, row: Row) -> None:
+        """Append a row, write the file, print the row."""
+        self.rows.append(row)
+        self.write()
+        shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
+        print({k: v for k, v in shown.items() if k != "decided"}, flush=True)
+
+    def write(self) -> None:
+        """Write the file whole."""
+        self.path.parent.mkdir(exist_ok=True)
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.content, indent=1) + "\n")
+        part.replace(self.path)
 
 
-def parameter_free(model: nn.Module, mmacs: float, images: list[Tensor]) -> nn.Module:
-    """`budget` without thin dense convolutions."""
-    policy = pfsurgery.budget(macs=mmacs * 1e6, thin=False)
-    return pfsurgery.convert(model, policy, images=images)
+class Bench:
+    """The trained network, its data, and what was asked for."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        torch.set_flush_denormal(True)
+        self.args = args
+        self.store = Store(args.net, args.results)
+        self.model = base_nets.load_net(args.net, args.data)
+        self.train = base_nets.load_images("train", args.data)[0]
+        images, labels = base_nets.load_images("val", args.data)
+        self.val = images[: args.val], labels[: args.val]
+        self.image = base_nets.normalise(self.train[:1])
+        self.until = time.monotonic() + args.seconds
+        weights = b"".join(p.detach().numpy().tobytes() for p in self.model.parameters())
+        facts = {
+            "base_weights": hashlib.sha256(weights).hexdigest()[:12],
+            "base_top1": self.judge(self.model),
+            "base_mmacs": count(self.model, self.image).macs / 1e6,
+            "base_parameters": sum(p.numel() for p in self.model.parameters()),
+            "val_images": len(self.val[1]),
+        }
+        found = {k: self.store.content.get(k, v) for k, v in facts.items()}
+        if found != facts:
+            raise SystemExit(
+                f"{self.store.path} was made with another network or other images "
+                f"({found} is not {facts}): move it away, and {self.cache}, to start again."
+            )
+        self.store.content.update(facts)
+
+    @property
+    def cache(self) -> Path:
+        """Where the smaller networks are kept."""
+        return base_nets.CACHE / "recovery" / self.args.net
+
+    def judge(self, model: nn.Module) -> float:
+        """Accuracy in percent."""
+        return base_nets.accuracy(model, *self.val)
+
+    def cases(self, methods: tuple[str, ...]) -> Iterator[tuple[str, float | None]]:
+        """Methods and budgets, the mildest first; those without a budget at the end."""
+        chosen = [m for m in methods if not self.args.method or m in self.args.method]
+        for budget in self.args.budget or BUDGETS[self.args.net]:
+            yield from ((m, budget) for m in chosen if m not in WITHOUT_BUDGET)
+        yield from ((m, None) for m in chosen if m in WITHOUT_BUDGET)
+
+    def in_time(self) -> bool:
+        """Whether another row may be begun."""
+        return time.monotonic() < self.until
+
+    def file(self, method: str, budget: float | None, number: int) -> Path:
+        """Where the smaller network of a row is kept."""
+        words = "".join(c if c.isalnum() else "_" for c in method)
+        return self.cache / f"{words}_{budget or 'free'}_{number}.pt"
+
+    def made(self, method: str, budget: float | None, number: int) -> nn.Module | None:
+        """The smaller network of a row, None if it was not made here."""
+        file = self.file(method, budget, number)
+        return torch.load(file, weights_only=False) if file.exists() else None
 
 
-def low_rank(model: nn.Module, mmacs: float, images: list[Tensor]) -> nn.Module:
-    """Reduced-rank regression on the patches, spent by the same rule."""
-    return pfsurgery.convert(model, Budget(macs=mmacs * 1e6, forms=("low_rank",)), images=images)
+def fit(bench: Bench, methods: tuple[str, ...], budgets: tuple[float, ...], number: int) -> None:
+    """Rows of methods at budgets with so many images."""
+    images = list(base_nets.normalise(bench.train[:number]).split(250))
+    for method, budget in bench.cases(methods):
+        if budget is not None and budget not in budgets:
+            continue
+        key: Row = {"stage": "fit", "method": method, "budget_mmacs": budget, "images": number}
+        if bench.store.has(**key) or not bench.in_time():
+            continue
+        task = Task(bench.model, (budget or 0.0) * 1e6, images, bench.judge)
+        start = time.perf_counter()
+        try:
+            fast, decided = METHODS[method](task)
+        except Exception as error:
+            if type(error).__module__ != "pfsurgery.errors":
+                raise
+            print(f"{method} at {budget}: {error}", flush=True)
+            continue
+        seconds = time.perf_counter() - start
+        file = bench.file(method, budget, number)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(fast.eval(), file)
+        bench.store.add(
+            {
+                **key,
+                "mmacs": count(fast, bench.image).macs / 1e6,
+                "parameters": sum(p.numel() for p in fast.parameters()),
+                "top1": bench.judge(fast),
+                "seconds": seconds,
+                "threads": torch.get_num_threads(),
+                "decided": decided,
+            }
+        )
 
 
-def pruned(model: nn.Module, mmacs: float, images: list[Tensor]) -> nn.Module:
-    """Torch-Pruning at the smallest ratio that meets the budget, norms re-estimated."""
-    import torch_pruning as tp
-
-    low, high, best = 0.0, 0.95, None
-    for _ in range(8):
-        ratio = (low + high) / 2
-        candidate = copy.deepcopy(model)
-        tp.pruner.BasePruner(
-            candidate,
-            images[0][:1],
-            importance=tp.importance.GroupMagnitudeImportance(),
-            pruning_ratio=ratio,
-            ignored_layers=[candidate.fc],
-            round_to=8,
-        ).step()
-        if count(candidate, images[0][:1]).macs <= mmacs * 1e6:
-            best, high = candidate, ratio
-        else:
-            low = ratio
-    if best is None:
-        raise SystemExit(f"Torch-Pruning does not reach {mmacs} MMACs")
-    pfsurgery.recalibrate(best, images)
-    return best
+def fit_all(bench: Bench) -> None:
+    """Every method at every budget."""
+    fit(bench, tuple(METHODS), tuple(bench.args.budget or BUDGETS[bench.args.net]), 2000)
 
 
-METHODS: dict[str, Method] = {
-    "budget": fitted,
-    "budget, thin=False": parameter_free,
-    "data-aware low rank": low_rank,
-    "Torch-Pruning, norms re-estimated": pruned,
+def sweep_images(bench: Bench) -> None:
+    """A few methods at one budget, with few and many images."""
+    budget = (bench.args.budget or [BUDGETS[bench.args.net][2]])[0]
+    for number in IMAGES:
+        fit(bench, SWEPT, (budget,), number)
+
+
+def time_all(bench: Bench) -> None:
+    """Latency of every fitted network, in one process; run it on an idle machine."""
+    for method, budget in bench.cases(tuple(METHODS)):
+        fast = bench.made(method, budget, 2000)
+        for batch in (8, 128):
+            key: Row = {"stage": "latency", "method": method, "budget_mmacs": budget}
+            key |= {"batch": batch, "threads": torch.get_num_threads()}
+            if fast is None or bench.store.has(**key) or not bench.in_time():
+                continue
+            x = bench.image.expand(batch, -1, -1, -1).contiguous(memory_format=torch.channels_last)
+            found = latency({"before": bench.model, "after": fast}, x, repeats=15)
+            before, after = (found[name].median_ms for name in ("before", "after"))
+            row = {"before_ms": before, "after_ms": after, "ratio": after / before}
+            bench.store.add({**key, **row, "machine": platform.machine()})
+
+
+def distil_all(bench: Bench) -> None:
+    """Accuracy of every fitted network after some steps of distillation, at each rate."""
+    for steps, (method, budget), rate in product(
+        bench.args.steps or STEPS, list(bench.cases(tuple(METHODS))), bench.args.rate or RATES
+    ):
+        key: Row = {"stage": "distil", "method": method, "budget_mmacs": budget}
+        key |= {"steps": steps, "rate": rate}
+        fast = bench.made(method, budget, 2000)
+        if fast is None or bench.store.has(**key) or not bench.in_time():
+            continue
+        start = time.perf_counter()
+        student = distilled(fast, bench.model, bench.train, steps, rate)
+        seconds = time.perf_counter() - start
+        macs = count(student, bench.image).macs / 1e6
+        bench.store.add({**key, "mmacs": macs, "top1": bench.judge(student), "seconds": seconds})
+
+
+STAGES: dict[str, Callable[[Bench], None]] = {
+    "fit": fit_all,
+    "images": sweep_images,
+    "latency": time_all,
+    "distil": distil_all,
 }
 
 
-def times(before: nn.Module, after: nn.Module, image: Tensor) -> dict[str, float]:
-    """Latency of `after` as a share of that of `before`, by batch size."""
-    shares = {}
-    for batch in (8, 128):
-        found = latency(
-            {"before": before, "after": after},
-            image.expand(batch, -1, -1, -1).contiguous(memory_format=torch.channels_last),
-            repeats=15,
-        )
-        shares[str(batch)] = found["after"].median_ms / found["before"].median_ms
-    return shares
-
-
-def run(net: str, number: int, data: Path) -> dict[str, object]:
-    """All methods at all budgets on one base network."""
-    model = base_nets.load_net(net, data)
-    images = list(base_nets.normalise(base_nets.load_images("train", data)[0][:number]).split(250))
-    val = base_nets.load_images("val", data)
-    image = images[0][:1]
-    base = base_nets.accuracy(model, *val)
-    macs = count(model, image).macs
-    print(f"{net}: {base:.2f} %, {macs / 1e6:.2f} MMACs, {number} images")
-    rows = []
-    for mmacs in BUDGETS[net]:
-        for name, method in METHODS.items():
-            start = time.perf_counter()
-            fast = method(model, mmacs, images).eval()
-            row = {
-                "method": name,
-                "budget_mmacs": mmacs,
-                "mmacs": count(fast, image).macs / 1e6,
-                "parameters": sum(p.numel() for p in fast.parameters()),
-                "seconds": time.perf_counter() - start,
-                "top1": base_nets.accuracy(fast, *val),
-                "latency_ratio": times(model, fast, image),
-            }
-            rows.append(row)
-            print(
-                f"{mmacs:6.1f} {name:36s} {row['mmacs']:6.2f} MMACs {row['top1']:6.2f} % "
-                f"{row['seconds']:5.0f} s  latency "
-                + ", ".join(f"{v:.2f} at {b}" for b, v in row["latency_ratio"].items()),
-                flush=True,
-            )
-    return {
-        "net": net,
-        "images": number,
-        "base_top1": base,
-        "base_mmacs": macs / 1e6,
-        "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
-        "torch": str(torch.__version__),
-        "rows": rows,
-    }
-
-
-def draw(result: dict[str, object], path: Path) -> None:
-    """Accuracy against multiply-adds, one line a method."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    rows = result["rows"]
-    for name, marker in zip(METHODS, "osD^", strict=True):
-        mine = [row for row in rows if row["method"] == name]
-        axes.plot([r["mmacs"] for r in mine], [r["top1"] for r in mine], marker=marker, label=name)
-    axes.axhline(result["base_top1"], color="gray", linestyle="--", linewidth=1)
-    axes.annotate(
-        f"original, {result['base_mmacs']:.0f} MMACs",
-        (axes.get_xlim()[0], result["base_top1"]),
-        textcoords="offset points",
-        xytext=(4, 3),
-        color="gray",
-    )
-    axes.set_xlabel("multiply-adds of one image (MMACs)")
-    axes.set_ylabel("CIFAR-10 top-1 (%)")
-    axes.set_title(f"No training, no labels, {result['images']} images", loc="left")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=160)
-
-
 def main() -> None:
-    """Run, print, write JSON and a figure."""
+    """Run one stage as far as the time allows, or draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with train.tar, val.tar")
+    parser.add_argument("stage", choices=[*STAGES, "draw"])
     parser.add_argument("--net", choices=list(BUDGETS), default="basic")
-    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--data", type=Path, help="folder with train.tar, val.tar")
+    parser.add_argument("--method", action="append", choices=list(METHODS), help="only these")
+    parser.add_argument("--budget", action="append", type=float, help="only these, in MMACs")
+    parser.add_argument("--steps", action="append", type=int, help="of distillation")
+    parser.add_argument("--rate", action="append", type=float, help="only these peak rates")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no row after these")
+    parser.add_argument("--val", type=int, default=10000, help="validation images")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON file")
     args = parser.parse_args()
-    torch.set_flush_denormal(True)
-    result = run(args.net, args.images, args.data)
-    RESULTS.mkdir(exist_ok=True)
-    stem = RESULTS / f"recovery_{args.net}"
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    draw(result, stem.with_suffix(".png"))
+    if args.stage == "draw":
+        draw(Store(args.net, args.results).content, args.results / f"recovery_{args.net}")
+        return
+    STAGES[args.stage](Bench(args))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from pfsurgery.recover.budget import Budget, budget
 from pfsurgery.recover.config import EpochRecord, FinetuneConfig, FinetuneResult
 from pfsurgery.recover.evaluate import Accuracy, evaluate
 from pfsurgery.recover.finetune import finetune
+from pfsurgery.recover.layers import refit_layers
 from pfsurgery.recover.norms import recalibrate
 from pfsurgery.recover.reconstruct import reconstruct
 from pfsurgery.recover.refit import Refit
@@ -23,4 +24,5 @@ __all__ = [
     "finetune",
     "recalibrate",
     "reconstruct",
+    "refit_layers",
 ]

@@ -76,21 +76,50 @@ def refit_layer(
         norm = student.get_submodule(how.norm)
         norm.load_state_dict(original.get_submodule(how.norm).state_dict())
     moments = _layer_moments(student, original, name, twin, how, layer, batches)
+    before, after = solve_layer(layer, norm, moments, how.weights)
+    return Refit(site, name, before, after)
+
+
+def solve_layer(
+    layer: nn.Conv2d | nn.Linear, norm: Any, moments: Moments, weights: Tensor
+) -> tuple[float, float]:
+    """Put the ridge solution into a layer, its bias into the norm behind where it has none.
+
+    Args:
+        layer: The layer, changed in place.
+        norm: The batch norm behind it, None without one.
+        moments: Of what the layer reads, tap by tap and channel by channel, and of its targets.
+        weights: Importance of each output, (C_out,).
+
+    Returns:
+        The relative error before and after.
+    """
     if layer.bias is None and norm is None:
         moments = moments.through_origin()
-    weights = how.weights
     total = float((moments.target.diagonal() * weights.square()).sum())
     before = _error(layer, moments, weights, total)
     live = (weights > 0).to(weights)
     solved = ridge_gcv(moments.gram, moments.cross * weights, total, moments.count)
     solved = solved * (live / torch.where(weights > 0, weights, 1.0))
-    layer.weight.copy_(solved.T.reshape(layer.weight.shape))
+    layer.weight.copy_(_as_weight(solved, layer))
     offset = moments.target_mean - moments.column_mean @ solved
     if layer.bias is not None:
         layer.bias.copy_(offset)
     elif norm is not None:
         norm.running_mean.sub_(offset.to(norm.running_mean))
-    return Refit(site, name, before, _error(layer, moments, weights, total, bias=offset))
+    return before, _error(layer, moments, weights, total, bias=offset)
+
+
+def layer_columns(layer: nn.Conv2d | nn.Linear) -> Tensor:
+    """A layer's weight as (taps * C, C_out), tap by tap, float64 on the CPU."""
+    weight = layer.weight.detach().cpu().double()
+    return weight.reshape(*weight.shape[:2], -1).permute(2, 1, 0).flatten(0, 1)
+
+
+def _as_weight(columns: Tensor, layer: nn.Conv2d | nn.Linear) -> Tensor:
+    """The inverse of `layer_columns`."""
+    outputs, inputs = layer.weight.shape[:2]
+    return columns.reshape(-1, inputs, outputs).permute(2, 1, 0).reshape(layer.weight.shape)
 
 
 def _layer_moments(
@@ -141,7 +170,7 @@ def _error(
     total: float,
     bias: Tensor | None = None,
 ) -> float:
-    kernel = layer.weight.detach().cpu().double().flatten(1).T
+    kernel = layer_columns(layer)
     if bias is None:
         own = layer.bias
         bias = moments.target_mean * 0 if own is None else own.detach().cpu().double()
