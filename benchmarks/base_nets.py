@@ -31,7 +31,7 @@ STD = (0.2470, 0.2435, 0.2616)
 # Cycles of training: peak rate, side of the random crops in each epoch (small ones are faster).
 CYCLES: dict[str, tuple[tuple[float, tuple[int, ...]], ...]] = {
     "basic": ((0.15, (24, 24, 24, 24, 32, 32)), (0.1, (32, 32, 32, 32, 32))),
-    "bottleneck": ((0.15, (24, 24, 24, 32)), (0.1, (24, 32, 32))),
+    "bottleneck": ((0.15, (24, 24, 24, 24, 32, 32)), (0.1, (32, 32, 32, 32, 32, 32))),
     "depthwise": ((0.15, (24, 24, 24, 24, 32, 32)), (0.1, (32, 32, 32, 32, 32))),
 }
 
@@ -40,8 +40,8 @@ def build(net: str) -> nn.Module:
     """An untrained base network for (N, 3, 32, 32) images and 10 classes."""
     if net == "depthwise":
         model = timm.create_model("mobilenetv2_050", num_classes=10)
-        model.conv_stem.stride = (1, 1)
         model.blocks[1][0].conv_dw.stride = (1, 1)
+        model.blocks[2][0].conv_dw.stride = (1, 1)
         return model
     if net == "basic":
         model = ResNet(BasicBlock, (2, 2, 2, 1), num_classes=10, channels=(64, 96, 128, 256))
@@ -122,6 +122,11 @@ def augment(images: Tensor, size: int, generator: torch.Generator, pad: int = 2)
     )
 
 
+def autocast() -> torch.autocast:
+    """bfloat16 where the processor multiplies matrices in it, about twice as fast; else nothing."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_amx_tile_supported())
+
+
 def decayed(model: nn.Module) -> list[dict[str, object]]:
     """Parameter groups: weight decay for kernels, none for norms and biases."""
     kernels = [p for p in model.parameters() if p.ndim > 1]
@@ -151,7 +156,9 @@ def _cycle(
         order = torch.randperm(len(labels), generator=generator)
         for index in order[: steps * batch].split(batch):
             x = normalise(augment(images[index], size, generator))
-            loss = F.cross_entropy(model(x), labels[index], label_smoothing=0.05)
+            with autocast():
+                scores = model(x)
+            loss = F.cross_entropy(scores.float(), labels[index], label_smoothing=0.05)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()

@@ -16,6 +16,7 @@ from pfsurgery.graph import GraphView, view
 from pfsurgery.measure.latency import MemoryFormat, first_tensor, in_format, latency
 from pfsurgery.modules import get_module, set_module
 from pfsurgery.ops.blur import Blur
+from pfsurgery.ops.bottleneck import Bottleneck
 from pfsurgery.ops.pool import AvgPool, MaxPool
 from pfsurgery.record import forget
 
@@ -53,6 +54,9 @@ def optimize(
     forget(folded)
     for node, norm in _norms(seen, folded):
         _fold(node, norm, seen, folded)
+    for module in folded.modules():
+        if isinstance(module, Bottleneck):
+            module.freeze()
     if memory_format == "fastest":
         memory_format = _fastest(folded, args)
     return in_format(folded, (), memory_format)[0]

@@ -37,19 +37,31 @@ def why_stock(x: Tensor) -> str | None:
     )
 
 
+def why_unfused(x: Tensor) -> str | None:
+    """Why a bottleneck runs as several stock operators; None where one kernel runs it whole."""
+    if (reason := why_stock(x)) is not None:
+        return reason
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return f"no fused kernel computes in {str(x.dtype).removeprefix('torch.')} on {x.device}"
+    return None
+
+
 def explain(x: Tensor) -> str:
     """Which path the operations take for an input (N, C, H, W) here and now, and why.
 
     Operations have reasons of their own beside these. The stock calls are taken for padding that
     is not zeros, kernels of more than 256 taps, blurs under autocast and, on a CPU, pools with a
-    stride in channels_last or on planes less than 16 pixels wide, where ATen's are faster.
+    stride in channels_last or on planes less than 16 pixels wide, where ATen's are faster. A fitted
+    bottleneck runs in one kernel for inference only: with gradients it is several operators.
     """
     reason = why_stock(x)
     if reason is not None:
         return f"stock ATen calls: {reason}"
     library = "Triton" if x.is_cuda else "Numba"
     layout = "NCHW" if x.is_contiguous() else "channels_last"
-    return f"{library} kernel: {layout}, {str(x.dtype).removeprefix('torch.')} on {x.device}"
+    kind = str(x.dtype).removeprefix("torch.")
+    fused = "" if why_unfused(x) else "; bottlenecks in one kernel"
+    return f"{library} kernel: {layout}, {kind} on {x.device}{fused}"
 
 
 def _why_traced(x: Tensor) -> str | None:

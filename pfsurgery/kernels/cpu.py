@@ -118,11 +118,11 @@ def _launch(
         *(down.size, across.size, down.outputs, across.outputs),
         *(group, down.address, across.address),
     )
-    run(_compiled(module, entry), ctypes.addressof(arguments), min(threads(), units))
+    run(compiled(module, entry), ctypes.addressof(arguments), min(threads(), units))
 
 
 @cache
-def _compiled(module: str, entry: str) -> int:
+def compiled(module: str, entry: str) -> int:
     """Address of an entry point, compiled now or loaded from Numba's cache on disk."""
     from numba import cfunc, types
 

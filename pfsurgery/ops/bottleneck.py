@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pfsurgery.errors import UnsupportedSiteError
+from pfsurgery.kernels import choice
+from pfsurgery.kernels.fused import Fused, Weights, pack_weights
 from pfsurgery.ops.base import Op, Support, register_op
 from pfsurgery.ops.window import Window, in_layout_of
 from pfsurgery.sites import Geometry, Site
@@ -111,24 +113,24 @@ class Bottleneck(nn.Module):
         self.columns: Columns | None = None
         self.waist: nn.Conv2d | None = None
         if structure.dense:
-            self.waist = nn.Conv2d(
-                width,
-                structure.waist or outputs,
-                geometry.kernel_size,
-                stride=geometry.stride,
-                padding=geometry.padding,
-                dilation=geometry.dilation,
-                bias=False,
-            )
+            self.waist = _thin(geometry, width, structure.waist or outputs)
         else:
             self.columns = Columns(geometry, structure.runs)
             if structure.waist:
                 self.waist = nn.Conv2d(structure.columns, structure.waist, 1, bias=False)
         last = structure.waist or structure.columns
         self.expand = nn.Conv2d(last, outputs, 1)
+        self._kernel = Fused(geometry, structure)
+        self._frozen: Weights | None = None
+
+    def freeze(self) -> None:
+        """Pack the weights for the fused kernel once: it sees no later change of them."""
+        self._frozen = self._packed()
 
     def forward(self, x: Tensor) -> Tensor:
         """The bottleneck's output."""
+        if self._is_fused(x):
+            return self._kernel(x, self._frozen or self._packed())
         if self.reduce is not None:
             x = self.reduce(x)
         if self.columns is not None:
@@ -137,6 +139,34 @@ class Bottleneck(nn.Module):
             x = self.waist(x)
         expanded: Tensor = self.expand(x)
         return expanded
+
+    def _is_fused(self, x: Tensor) -> bool:
+        tracked = torch.is_grad_enabled() and (x.requires_grad or self.expand.weight.requires_grad)
+        return not tracked and choice.why_unfused(x) is None
+
+    def _packed(self) -> Weights:
+        """The weights as matrices (inputs, outputs), in the order of the columns."""
+        middle = self.expand if self.waist is None else self.waist
+        expand = None if self.waist is None else _matrix(self.expand)
+        reduce = None if self.reduce is None else _matrix(self.reduce)
+        assert self.expand.bias is not None
+        return pack_weights(reduce, _matrix(middle), expand, self.expand.bias.detach())
+
+
+def _thin(geometry: Geometry, inputs: int, outputs: int) -> nn.Conv2d:
+    """A dense convolution that looks where the original looked."""
+    size, stride, dilation = geometry.kernel_size, geometry.stride, geometry.dilation
+    if geometry.padding == "same":
+        from timm.layers import Conv2dSame
+
+        same: nn.Conv2d = Conv2dSame(inputs, outputs, size, stride, dilation=dilation, bias=False)
+        return same
+    return nn.Conv2d(inputs, outputs, size, stride, geometry.padding, dilation, bias=False)
+
+
+def _matrix(conv: nn.Conv2d) -> Tensor:
+    """A convolution's weights as (taps * inputs, outputs)."""
+    return conv.weight.detach().permute(2, 3, 1, 0).flatten(0, 2)
 
 
 def fitted_module(geometry: Geometry, structure: Structure) -> nn.Module:

@@ -1,0 +1,289 @@
+"""Whole bottlenecks on the CPU: what `loops_bottleneck` needs, as tables and packed weights."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pfsurgery.kernels.cpu import compiled
+from pfsurgery.kernels.threads import run, threads
+from pfsurgery.sites import Geometry, Pair
+from pfsurgery.structure import Run, Structure
+
+_BLOCK = 65536  # numbers of scratch memory for one block: half of a second-level cache
+_SIZE = 4  # bytes of a number
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A bottleneck's weights, packed in the order in which the kernel reads them.
+
+    Attributes:
+        reduce: Of the reduction, None without one.
+        middle: Of the first product behind the columns or taps.
+        expand: Of the second product, None without a waist.
+        bias: (C_out,) and zeros to whole vectors.
+        zeros: As many zeros as any product has outputs.
+    """
+
+    reduce: Tensor | None
+    middle: Tensor
+    expand: Tensor | None
+    bias: Tensor
+    zeros: Tensor
+
+
+def pack_weights(
+    reduce: Tensor | None, middle: Tensor, expand: Tensor | None, bias: Tensor
+) -> Weights:
+    """Packs matrices (inputs, outputs) of the products, and the bias (C_out,) of the last."""
+    last = middle if expand is None else expand
+    widths = [m.shape[1] for m in (reduce, middle, expand) if m is not None]
+    return Weights(
+        reduce=None if reduce is None else _pack(reduce),
+        middle=_pack(middle),
+        expand=None if expand is None else _pack(expand),
+        bias=F.pad(bias, (0, _whole(last.shape[1]) - last.shape[1])),
+        zeros=bias.new_zeros(_whole(max(widths))),
+    )
+
+
+def _pack(matrix: Tensor) -> Tensor:
+    """Panels of outputs one after the other, each with its inputs' rows, filled with zeros."""
+    outputs, panel = matrix.shape[1], _tile()[1]
+    padded = F.pad(matrix, (0, _whole(outputs) - outputs))
+    return torch.cat([part.flatten() for part in torch.split(padded, panel, dim=1)])
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """Tables of one bottleneck for images of one size.
+
+    Attributes:
+        fields: The kernel's arguments that do not change from call to call, by name.
+        tables: Tensors whose addresses are arguments too, by name.
+        images_like: Rows, columns and channels of an output.
+        scratch: Numbers of scratch memory for one thread.
+    """
+
+    fields: dict[str, int]
+    tables: dict[str, Tensor]
+    images_like: tuple[int, int, int]
+    scratch: int
+
+
+@dataclass(slots=True)
+class Fused:
+    """A bottleneck's programs, one for each size of image seen lately."""
+
+    geometry: Geometry
+    structure: Structure
+    programs: dict[tuple[int, int, int], Program] = field(default_factory=dict)
+
+    def __call__(self, x: Tensor, weights: Weights, *, relu: bool = False) -> Tensor:
+        """The bottleneck's output (N, C', H', W') of (N, C, H, W), in the layout of `x`."""
+        plain = x.is_contiguous()
+        x = x.contiguous(memory_format=torch.channels_last)
+        key = (x.shape[2], x.shape[3], min(len(x), 2 * threads()))
+        if key not in self.programs:
+            if len(self.programs) >= 8:
+                self.programs.clear()
+            self.programs[key] = _program(self.geometry, self.structure, *key)
+        made = _run(self.programs[key], weights, x, relu)
+        return made.contiguous() if plain else made
+
+
+def fits(geometry: Geometry, size: Pair) -> bool:
+    """Whether every window of the geometry on images of this size can be held."""
+    return geometry.padding_mode == "zeros" and min(_outputs(geometry, size)) > 0
+
+
+def _run(program: Program, weights: Weights, x: Tensor, relu: bool) -> Tensor:
+    from pfsurgery.kernels import loops_bottleneck as names
+
+    rows, columns, outputs = program.images_like
+    size = (len(x), outputs, rows, columns)
+    out = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
+    units = len(x) * program.fields["BLOCKS"]
+    wanted = min(threads(), units)
+    scratch = torch.empty(wanted * program.scratch, dtype=x.dtype)
+    values = [0] * names.ARGUMENTS
+    for name, value in program.fields.items():
+        values[getattr(names, name)] = value
+    for name, table in program.tables.items():
+        values[getattr(names, name)] = table.data_ptr()
+    values[names.UNITS] = units
+    values[names.SOURCE], values[names.TARGET] = x.data_ptr(), out.data_ptr()
+    values[names.SCRATCH] = scratch.data_ptr()
+    values[names.RELU] = int(relu)
+    if weights.reduce is not None:
+        values[names.REDUCE] = weights.reduce.data_ptr()
+    values[names.WEIGHTS] = weights.middle.data_ptr()
+    last = weights.middle if weights.expand is None else weights.expand
+    values[names.EXPAND] = last.data_ptr()
+    values[names.BIAS], values[names.ZEROS] = weights.bias.data_ptr(), weights.zeros.data_ptr()
+    arguments = (ctypes.c_int64 * names.ARGUMENTS)(*values)
+    run(compiled("loops_bottleneck", "bottleneck_float32"), ctypes.addressof(arguments), wanted)
+    return out
+
+
+def _program(
+    geometry: Geometry, structure: Structure, rows: int, columns: int, images: int
+) -> Program:
+    from pfsurgery.kernels import loops_bottleneck as names
+
+    (top, bottom), (left, right) = geometry.pads((rows, columns))
+    out_rows, out_columns = _outputs(geometry, (rows, columns))
+    (stride, across), inputs = geometry.stride, geometry.in_channels
+    pooled = [run for run in structure.runs if run.kind != "tap"]
+    wide = _whole(structure.reduce) if structure.reduce else inputs
+    wide += sum(len(run.channels) for run in pooled)
+    waist = _whole(structure.waist) if structure.waist else 0
+    if structure.reduce:
+        fill = names.REDUCTION
+    else:
+        fill = names.COPY if top or bottom or left or right or pooled else names.IN_PLACE
+    held_columns = columns + left + right
+
+    def held_rows(block: int) -> int:
+        return (block - 1) * stride + (geometry.kernel_size[0] - 1) * geometry.dilation[0] + 1
+
+    def numbers(block: int) -> tuple[int, int, int]:
+        """Of the held rows, the waist, and the rows of a pool."""
+        held = 0 if fill == names.IN_PLACE else held_rows(block) * held_columns * wide
+        most = max((len(run.channels) for run in pooled), default=0)
+        return (
+            held,
+            block * out_columns * waist,
+            most * (held_rows(block) * out_columns + columns),
+        )
+
+    shares = -(-2 * threads() // images)  # blocks of an image, so that every thread has work
+    block = -(-out_rows // shares)
+    while block > 1 and sum(numbers(block)) > _BLOCK:
+        block = -(-block // 2)
+    held, waist_numbers, pool_numbers = numbers(block)
+
+    def pixels(height: int, width: int, pitch: int, step: int, of: int) -> Tensor:
+        """Byte offsets of a grid of pixels of `of` numbers, `step` and `pitch` pixels apart."""
+        places = torch.arange(height)[:, None] * pitch + torch.arange(width) * step
+        return (places * of * _SIZE).flatten()
+
+    table, pools, lists = _columns(geometry, structure, held_columns, wide)
+    grid = held_rows(block)
+    tables = {
+        "PIXELS": pixels(1, grid * columns, 0, 1, inputs),
+        "HELD_PIXELS": pixels(grid, columns, held_columns, 1, wide) + left * wide * _SIZE,
+        "POSITIONS": pixels(block, out_columns, stride * held_columns, across, wide),
+        "TABLE": table,
+        "TARGET_PIXELS": pixels(1, block * out_columns, 0, 1, geometry.out_channels),
+        "WAIST_PIXELS": pixels(1, block * out_columns, 0, 1, waist),
+        "RAMP": torch.arange(max(inputs, structure.waist or 0)) * _SIZE,
+        "POOLS": pools,
+        "LISTS": lists,
+    }
+    fields = {
+        "BLOCKS": -(-out_rows // block),
+        "BLOCK_ROWS": block,
+        "ROWS": rows,
+        "COLUMNS": columns,
+        "CHANNELS": inputs,
+        "TARGET_ROWS": out_rows,
+        "TARGET_COLUMNS": out_columns,
+        "OUTPUTS": geometry.out_channels,
+        "STRIDE": stride,
+        "TOP": top,
+        "LEFT": left,
+        "HELD_ROWS": grid,
+        "HELD_COLUMNS": held_columns,
+        "WIDTH": wide,
+        "FILL": fill,
+        "REDUCED": _whole(structure.reduce or 0),
+        "POOL_COUNT": len(pooled),
+        "POOL_SCRATCH": (held + waist_numbers) * _SIZE,
+        "COUNT": len(table),
+        "WAIST": structure.waist or 0,
+        "WAIST_WIDTH": waist,
+        "WAIST_SCRATCH": held * _SIZE,
+        "SCRATCH_SIZE": (held + waist_numbers + pool_numbers) * _SIZE,
+    }
+    return Program(
+        fields,
+        tables,
+        (out_rows, out_columns, geometry.out_channels),
+        held + waist_numbers + pool_numbers,
+    )
+
+
+def _columns(
+    geometry: Geometry, structure: Structure, held_columns: int, wide: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Byte offset of every column from its position; the pooled runs, and their channels."""
+    (height, width), (down, across) = geometry.kernel_size, geometry.dilation
+
+    def tap(row: int, column: int, channels: Sequence[int]) -> list[int]:
+        pixel = (row * down * held_columns + column * across) * wide
+        return [(pixel + channel) * _SIZE for channel in channels]
+
+    if structure.dense:
+        read = range(structure.reduce or geometry.in_channels)
+        taps = [(i, j) for i in range(height) for j in range(width)]
+        return torch.tensor([o for i, j in taps for o in tap(i, j, read)]), _NONE, _NONE
+    table: list[int] = []
+    pools: list[list[int]] = []
+    lists: list[int] = []
+    place = wide - sum(len(run.channels) for run in structure.runs if run.kind != "tap")
+    for run_ in structure.runs:
+        if run_.kind == "tap":
+            table += tap(run_.top, run_.left, run_.channels)
+            continue
+        pools.append(_pool(run_, geometry, len(lists), place))
+        lists += run_.channels
+        table += [(place + i) * _SIZE for i in range(len(run_.channels))]
+        place += len(run_.channels)
+    return torch.tensor(table), torch.tensor(pools), torch.tensor(lists)
+
+
+def _pool(run_: Run, geometry: Geometry, listed: int, place: int) -> list[int]:
+    return [
+        *(int(run_.kind == "maximum"), run_.top, run_.left, run_.height, run_.width),
+        *(geometry.stride[1], len(run_.channels), listed, place),
+    ]
+
+
+_NONE = torch.zeros(0, dtype=torch.int64)
+
+
+def _outputs(geometry: Geometry, size: Pair) -> Pair:
+    rows, columns = (
+        (length + sum(pads) - dilation * (kernel - 1) - 1) // stride + 1
+        for length, pads, kernel, stride, dilation in zip(
+            size,
+            geometry.pads(size),
+            geometry.kernel_size,
+            geometry.stride,
+            geometry.dilation,
+            strict=True,
+        )
+    )
+    return rows, columns
+
+
+def _whole(numbers: int) -> int:
+    """`numbers`, rounded up to whole vectors."""
+    lanes = _tile()[0]
+    return -(-numbers // lanes) * lanes
+
+
+@lru_cache
+def _tile() -> tuple[int, int]:
+    """Numbers of a vector, and outputs of a panel: what a tile holds of a row."""
+    from pfsurgery.kernels import loops_product
+
+    return loops_product.LANES, loops_product.LANES * loops_product.VECTORS

@@ -1,0 +1,171 @@
+"""Whole bottlenecks in one kernel against the stock operators that they stand in for."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+import pfsurgery
+from pfsurgery.kernels import disabled, explain
+from pfsurgery.ops.bottleneck import Bottleneck
+from pfsurgery.sites import Geometry
+from pfsurgery.structure import Run, Structure
+
+FAST = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+ENOUGH = 4096  # numbers with which a kernel is worth its start
+
+
+@st.composite
+def geometries(draw):
+    kernel = draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
+    dilation = draw(st.integers(1, 2))
+    padding = tuple(draw(st.integers(0, (k - 1) * dilation // 2)) for k in kernel)
+    return Geometry(
+        draw(st.integers(1, 40)),
+        draw(st.integers(1, 90)),
+        kernel,
+        draw(st.tuples(st.integers(1, 3), st.integers(1, 3))),
+        "same" if draw(st.integers(0, 5)) == 0 else padding,
+        (dilation, dilation),
+    )
+
+
+@st.composite
+def runs(draw, geometry, channels, pools):
+    (height, width), found = geometry.kernel_size, []
+    for _ in range(draw(st.integers(1, 5))):
+        kinds = ["tap", "average", "maximum"] if pools else ["tap"]
+        kind = draw(st.sampled_from(kinds))
+        top, left = draw(st.integers(0, height - 1)), draw(st.integers(0, width - 1))
+        tall, wide = (1, 1)
+        if kind != "tap":
+            top, left, tall, wide = 0, 0, height, width
+        picked = draw(st.sets(st.integers(0, channels - 1), min_size=1, max_size=channels))
+        found.append(Run(kind, top, left, tall, wide, tuple(sorted(picked))))
+    return tuple(found)
+
+
+@st.composite
+def structures(draw, geometry):
+    form = draw(st.sampled_from(["columns", "waist", "bottleneck", "mixed", "thin", "low_rank"]))
+    reduce = draw(st.integers(1, 24)) if form in ("bottleneck", "mixed", "thin") else None
+    waist = draw(st.integers(1, 24)) if form in ("waist", "mixed", "thin", "low_rank") else None
+    if form in ("thin", "low_rank"):
+        return Structure(form, reduce, (), waist, 0.0)
+    pools = reduce is None and geometry.dilation == (1, 1)
+    columns = draw(runs(geometry, reduce or geometry.in_channels, pools))
+    return Structure(form, reduce, columns, waist, 0.0)
+
+
+@st.composite
+def cases(draw):
+    geometry = draw(geometries())
+    structure = draw(structures(geometry))
+    height, width = draw(st.integers(1, 19)), draw(st.integers(1, 19))
+    batch = draw(st.integers(0, 3))
+    if batch:
+        batch = max(batch, -(-ENOUGH // (geometry.in_channels * height * width)))
+    x = torch.randn(batch, geometry.in_channels, height, width)
+    layout = draw(st.sampled_from([torch.contiguous_format, torch.channels_last]))
+    return geometry, structure, x.contiguous(memory_format=layout)
+
+
+@FAST
+@given(cases(), st.integers(0, 2**31))
+def test_a_fused_bottleneck_is_the_stock_operators(case, seed):
+    geometry, structure, x = case
+    reach = [(k - 1) * d + 1 for k, d in zip(geometry.kernel_size, geometry.dilation, strict=True)]
+    padded = [n + sum(p) for n, p in zip(x.shape[2:], geometry.pads(x.shape[2:]), strict=True)]
+    assume(all(n >= r for n, r in zip(padded, reach, strict=True)))
+    torch.manual_seed(seed)
+    bottleneck = Bottleneck(geometry, structure)
+    with torch.no_grad():
+        made = bottleneck(x)
+        with disabled():
+            wanted = bottleneck(x)
+    assert made.shape == wanted.shape
+    assert made.is_contiguous(memory_format=torch.channels_last) or made.is_contiguous()
+    torch.testing.assert_close(made, wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.fixture(scope="module")
+def bottleneck() -> Bottleneck:
+    torch.manual_seed(0)
+    geometry = Geometry(32, 48, (3, 3), padding=(1, 1))
+    run = Run("tap", 0, 1, 1, 1, tuple(range(16)))
+    return Bottleneck(geometry, Structure("bottleneck", 16, (run,), None, 0.0)).eval()
+
+
+def test_images_of_several_sizes_one_after_the_other(bottleneck):
+    with torch.no_grad():
+        for size in (8, 14, 9, 31, 8, 10, 11, 12, 13, 15, 16, 8):
+            x = torch.randn(2, 32, size, size + 1)
+            made = bottleneck(x)
+            with disabled():
+                torch.testing.assert_close(made, bottleneck(x), rtol=1e-5, atol=1e-5)
+
+
+def test_nan_reaches_the_outputs_that_see_it(bottleneck):
+    x = torch.randn(1, 32, 16, 16)
+    x[0, 5, 7, 3] = torch.nan
+    with torch.no_grad(), disabled():
+        wanted = bottleneck(x).isnan()
+    with torch.no_grad():
+        assert torch.equal(bottleneck(x).isnan(), wanted)
+
+
+def test_the_eager_kernel_sees_changed_weights(bottleneck):
+    mine, x = copy.deepcopy(bottleneck), torch.randn(2, 32, 12, 12)
+    with torch.no_grad():
+        before = mine(x)
+        mine.expand.weight.data.mul_(2)
+        mine.expand.bias.data.mul_(2)
+        torch.testing.assert_close(mine(x), 2 * before)
+
+
+def test_gradients_flow_where_they_are_wanted(bottleneck):
+    x = torch.randn(2, 32, 12, 12, requires_grad=True)
+    bottleneck(x).sum().backward()
+    assert x.grad is not None
+    assert bottleneck.reduce.weight.grad is not None
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_any_number_of_threads_gives_the_same(bottleneck, threads):
+    x = torch.randn(3, 32, 20, 20)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        with torch.no_grad():
+            made = bottleneck(x)
+    finally:
+        torch.set_num_threads(before)
+    with torch.no_grad(), disabled():
+        torch.testing.assert_close(made, bottleneck(x), rtol=1e-5, atol=1e-5)
+
+
+def test_explain_says_that_bottlenecks_are_fused():
+    x = torch.randn(2, 32, 12, 12)
+    assert "bottlenecks in one kernel" in explain(x)
+    assert "bottlenecks in one kernel" not in explain(x.double())
+
+
+def test_an_optimized_copy_keeps_its_packed_weights():
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=5).eval()
+    images = torch.randn(8, 3, 64, 64)
+    policy = pfsurgery.budget(macs="90%")
+    fast = pfsurgery.convert(model, policy, images=images, include=["layer1.*"])
+    ready = pfsurgery.optimize(fast, images[:2])
+    with torch.no_grad():
+        torch.testing.assert_close(ready(images), fast(images), rtol=1e-3, atol=1e-4)
+        with disabled():
+            torch.testing.assert_close(ready(images), fast(images), rtol=1e-3, atol=1e-4)
+    exported = torch.export.export(ready, (images,))
+    kinds = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+    assert any("conv2d" in kind for kind in kinds)
