@@ -32,7 +32,7 @@ STD = (0.2470, 0.2435, 0.2616)
 CYCLES: dict[str, tuple[tuple[float, tuple[int, ...]], ...]] = {
     "basic": ((0.15, (24, 24, 24, 24, 32, 32)), (0.1, (32, 32, 32, 32, 32))),
     "bottleneck": ((0.15, (24, 24, 24, 24, 32, 32)), (0.1, (32, 32, 32, 32, 32, 32))),
-    "depthwise": ((0.15, (24, 24, 24, 24, 32, 32)), (0.1, (32, 32, 32, 32, 32))),
+    "depthwise": ((0.15, (24, 24, 32, 32)), (0.1, (32, 32, 32))),
 }
 
 
@@ -41,7 +41,6 @@ def build(net: str) -> nn.Module:
     if net == "depthwise":
         model = timm.create_model("mobilenetv2_050", num_classes=10)
         model.blocks[1][0].conv_dw.stride = (1, 1)
-        model.blocks[2][0].conv_dw.stride = (1, 1)
         return model
     if net == "basic":
         model = ResNet(BasicBlock, (2, 2, 2, 1), num_classes=10, channels=(64, 96, 128, 256))

@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from machine import describe
 from matplotlib.figure import Figure
+from timing import times
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -36,30 +35,6 @@ SHAPES = ((64, 56), (128, 28), (256, 14), (512, 7))
 LAYOUTS = {"NHWC": torch.channels_last, "NCHW": torch.contiguous_format}
 SAME = Window((3, 3), (1, 1), (1, 1))
 DOWN = Window((3, 3), (2, 2), (1, 1))
-
-
-def times(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, dict[str, float]]:
-    """Median and interquartile range of each call in microseconds, in turns."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        for _ in range(3):
-            call()
-    end = time.perf_counter() + seconds
-    rounds = 0
-    while rounds < 20 or time.perf_counter() < end:
-        for name in list(calls) if rounds % 2 else list(calls)[::-1]:
-            wait()
-            start = time.perf_counter()
-            calls[name]()
-            wait()
-            taken[name].append((time.perf_counter() - start) * 1e6)
-        rounds += 1
-    rows = {}
-    for name, all_ in taken.items():
-        low, middle, high = statistics.quantiles(all_, n=4)
-        rows[name] = {"median_us": middle, "iqr_us": high - low, "rounds": rounds}
-    return rows
 
 
 def forward(x: Tensor, compiled: bool, seconds: float) -> dict[str, dict[str, float]]:

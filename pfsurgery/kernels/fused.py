@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,14 @@ from pfsurgery.kernels.threads import run, threads
 from pfsurgery.sites import Geometry, Pair
 from pfsurgery.structure import Run, Structure
 
-_BLOCK = 65536  # numbers of scratch memory for one block: half of a second-level cache
+_BLOCK = 65536  # numbers of scratch memory for one block: a part of the second-level cache
+_PROGRAMS = 8  # image sizes that a bottleneck remembers
 _SIZE = 4  # bytes of a number
+# Arguments of `loops_bottleneck` that change from call to call; the others are in `_program`.
+_UNITS, _SOURCE, _TARGET, _SCRATCH = 1, 3, 4, 5
+_REDUCE, _MIDDLE, _EXPAND, _BIAS, _ZEROS = range(7, 12)
+_IN_PLACE, _COPY, _REDUCTION = range(3)
+_Arguments = ctypes.c_int64 * 43
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,81 +70,74 @@ def _pack(matrix: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """Tables of one bottleneck for images of one size.
+    """What the kernel is told of one bottleneck for images of one size.
 
     Attributes:
-        fields: The kernel's arguments that do not change from call to call, by name.
-        tables: Tensors whose addresses are arguments too, by name.
-        images_like: Rows, columns and channels of an output.
+        arguments: The kernel's arguments; those that change from call to call are 0.
+        tables: Tensors whose addresses are among the arguments.
+        output: Channels, rows and columns of an output.
+        blocks: Blocks of an image.
         scratch: Numbers of scratch memory for one thread.
     """
 
-    fields: dict[str, int]
-    tables: dict[str, Tensor]
-    images_like: tuple[int, int, int]
+    arguments: bytes
+    tables: tuple[Tensor, ...]
+    output: tuple[int, int, int]
+    blocks: int
     scratch: int
 
 
-@dataclass(slots=True)
 class Fused:
-    """A bottleneck's programs, one for each size of image seen lately."""
+    """A bottleneck's programs, one for each size of image seen lately.
 
-    geometry: Geometry
-    structure: Structure
-    programs: dict[tuple[int, int, int], Program] = field(default_factory=dict)
+    Copies start without programs: these hold addresses.
+    """
 
-    def __call__(self, x: Tensor, weights: Weights, *, relu: bool = False) -> Tensor:
+    def __init__(self, geometry: Geometry, structure: Structure) -> None:
+        self.geometry, self.structure = geometry, structure
+        self.programs: dict[tuple[int, int, int], Program] = {}
+
+    def __reduce__(self) -> Any:
+        """The bottleneck alone."""
+        return Fused, (self.geometry, self.structure)
+
+    def __call__(self, x: Tensor, weights: Weights) -> Tensor:
         """The bottleneck's output (N, C', H', W') of (N, C, H, W), in the layout of `x`."""
         plain = x.is_contiguous()
         x = x.contiguous(memory_format=torch.channels_last)
-        key = (x.shape[2], x.shape[3], min(len(x), 2 * threads()))
+        images, _, rows, columns = x.shape
+        key = (rows, columns, -(-2 * threads() // images))
         if key not in self.programs:
-            if len(self.programs) >= 8:
+            if len(self.programs) >= _PROGRAMS:
                 self.programs.clear()
             self.programs[key] = _program(self.geometry, self.structure, *key)
-        made = _run(self.programs[key], weights, x, relu)
+        made = _run(self.programs[key], weights, x)
         return made.contiguous() if plain else made
 
 
-def fits(geometry: Geometry, size: Pair) -> bool:
-    """Whether every window of the geometry on images of this size can be held."""
-    return geometry.padding_mode == "zeros" and min(_outputs(geometry, size)) > 0
-
-
-def _run(program: Program, weights: Weights, x: Tensor, relu: bool) -> Tensor:
-    from pfsurgery.kernels import loops_bottleneck as names
-
-    rows, columns, outputs = program.images_like
-    size = (len(x), outputs, rows, columns)
-    out = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
-    units = len(x) * program.fields["BLOCKS"]
+def _run(program: Program, weights: Weights, x: Tensor) -> Tensor:
+    images, like = x.shape[0], torch.channels_last
+    out = torch.empty((images, *program.output), dtype=x.dtype, memory_format=like)
+    units = images * program.blocks
     wanted = min(threads(), units)
     scratch = torch.empty(wanted * program.scratch, dtype=x.dtype)
-    values = [0] * names.ARGUMENTS
-    for name, value in program.fields.items():
-        values[getattr(names, name)] = value
-    for name, table in program.tables.items():
-        values[getattr(names, name)] = table.data_ptr()
-    values[names.UNITS] = units
-    values[names.SOURCE], values[names.TARGET] = x.data_ptr(), out.data_ptr()
-    values[names.SCRATCH] = scratch.data_ptr()
-    values[names.RELU] = int(relu)
-    if weights.reduce is not None:
-        values[names.REDUCE] = weights.reduce.data_ptr()
-    values[names.WEIGHTS] = weights.middle.data_ptr()
     last = weights.middle if weights.expand is None else weights.expand
-    values[names.EXPAND] = last.data_ptr()
-    values[names.BIAS], values[names.ZEROS] = weights.bias.data_ptr(), weights.zeros.data_ptr()
-    arguments = (ctypes.c_int64 * names.ARGUMENTS)(*values)
+    arguments = _Arguments.from_buffer_copy(program.arguments)
+    arguments[_UNITS] = units
+    arguments[_SOURCE], arguments[_TARGET] = x.data_ptr(), out.data_ptr()
+    arguments[_SCRATCH] = scratch.data_ptr()
+    if weights.reduce is not None:
+        arguments[_REDUCE] = weights.reduce.data_ptr()
+    arguments[_MIDDLE], arguments[_EXPAND] = weights.middle.data_ptr(), last.data_ptr()
+    arguments[_BIAS], arguments[_ZEROS] = weights.bias.data_ptr(), weights.zeros.data_ptr()
     run(compiled("loops_bottleneck", "bottleneck_float32"), ctypes.addressof(arguments), wanted)
     return out
 
 
 def _program(
-    geometry: Geometry, structure: Structure, rows: int, columns: int, images: int
+    geometry: Geometry, structure: Structure, rows: int, columns: int, shares: int
 ) -> Program:
-    from pfsurgery.kernels import loops_bottleneck as names
-
+    """The program for images of `rows` x `columns`, each cut into `shares` blocks or more."""
     (top, bottom), (left, right) = geometry.pads((rows, columns))
     out_rows, out_columns = _outputs(geometry, (rows, columns))
     (stride, across), inputs = geometry.stride, geometry.in_channels
@@ -146,9 +146,9 @@ def _program(
     wide += sum(len(run.channels) for run in pooled)
     waist = _whole(structure.waist) if structure.waist else 0
     if structure.reduce:
-        fill = names.REDUCTION
+        fill = _REDUCTION
     else:
-        fill = names.COPY if top or bottom or left or right or pooled else names.IN_PLACE
+        fill = _COPY if top or bottom or left or right or pooled else _IN_PLACE
     held_columns = columns + left + right
 
     def held_rows(block: int) -> int:
@@ -156,15 +156,14 @@ def _program(
 
     def numbers(block: int) -> tuple[int, int, int]:
         """Of the held rows, the waist, and the rows of a pool."""
-        held = 0 if fill == names.IN_PLACE else held_rows(block) * held_columns * wide
+        held = 0 if fill == _IN_PLACE else held_rows(block) * held_columns * wide
         most = max((len(run.channels) for run in pooled), default=0)
         return (
             held,
             block * out_columns * waist,
-            most * (held_rows(block) * out_columns + columns),
+            most * held_columns * (held_rows(block) + 3),
         )
 
-    shares = -(-2 * threads() // images)  # blocks of an image, so that every thread has work
     block = -(-out_rows // shares)
     while block > 1 and sum(numbers(block)) > _BLOCK:
         block = -(-block // 2)
@@ -176,49 +175,31 @@ def _program(
         return (places * of * _SIZE).flatten()
 
     table, pools, lists = _columns(geometry, structure, held_columns, wide)
-    grid = held_rows(block)
-    tables = {
-        "PIXELS": pixels(1, grid * columns, 0, 1, inputs),
-        "HELD_PIXELS": pixels(grid, columns, held_columns, 1, wide) + left * wide * _SIZE,
-        "POSITIONS": pixels(block, out_columns, stride * held_columns, across, wide),
-        "TABLE": table,
-        "TARGET_PIXELS": pixels(1, block * out_columns, 0, 1, geometry.out_channels),
-        "WAIST_PIXELS": pixels(1, block * out_columns, 0, 1, waist),
-        "RAMP": torch.arange(max(inputs, structure.waist or 0)) * _SIZE,
-        "POOLS": pools,
-        "LISTS": lists,
-    }
-    fields = {
-        "BLOCKS": -(-out_rows // block),
-        "BLOCK_ROWS": block,
-        "ROWS": rows,
-        "COLUMNS": columns,
-        "CHANNELS": inputs,
-        "TARGET_ROWS": out_rows,
-        "TARGET_COLUMNS": out_columns,
-        "OUTPUTS": geometry.out_channels,
-        "STRIDE": stride,
-        "TOP": top,
-        "LEFT": left,
-        "HELD_ROWS": grid,
-        "HELD_COLUMNS": held_columns,
-        "WIDTH": wide,
-        "FILL": fill,
-        "REDUCED": _whole(structure.reduce or 0),
-        "POOL_COUNT": len(pooled),
-        "POOL_SCRATCH": (held + waist_numbers) * _SIZE,
-        "COUNT": len(table),
-        "WAIST": structure.waist or 0,
-        "WAIST_WIDTH": waist,
-        "WAIST_SCRATCH": held * _SIZE,
-        "SCRATCH_SIZE": (held + waist_numbers + pool_numbers) * _SIZE,
-    }
-    return Program(
-        fields,
-        tables,
-        (out_rows, out_columns, geometry.out_channels),
-        held + waist_numbers + pool_numbers,
+    held_block, outputs = held_rows(block), geometry.out_channels
+    held_pixels = pixels(held_block, columns, held_columns, 1, wide) + left * wide * _SIZE
+    tables = (
+        pixels(1, held_block * columns, 0, 1, inputs),
+        held_pixels,
+        pixels(block, out_columns, stride * held_columns, across, wide),
+        pixels(1, block * out_columns, 0, 1, outputs),
+        pixels(1, block * out_columns, 0, 1, waist),
+        torch.arange(max(inputs, structure.waist or 0)) * _SIZE,
+        table,
+        pools,
+        lists,
     )
+    scratch = held + waist_numbers + pool_numbers
+    blocks = -(-out_rows // block)
+    arguments = _Arguments(
+        *(0, 0, 0, 0, 0, 0, scratch * _SIZE),
+        *(0, 0, 0, 0, 0),
+        *(t.data_ptr() for t in tables),
+        *(blocks, block, rows, columns, inputs, out_rows, out_columns, outputs),
+        *(stride, top, left, held_block, held_columns, wide, fill),
+        *(_whole(structure.reduce or 0), len(table), structure.waist or 0, waist),
+        *(held * _SIZE, len(pooled), (held + waist_numbers) * _SIZE),
+    )
+    return Program(bytes(arguments), tables, (outputs, out_rows, out_columns), blocks, scratch)
 
 
 def _columns(

@@ -14,15 +14,15 @@ from pfsurgery.kernels.loops_product import product
 
 # Places in the block of 64-bit integers that the entry point reads its arguments from.
 COUNTER, UNITS, THREAD, SOURCE, TARGET, SCRATCH, SCRATCH_SIZE = range(7)
-BLOCKS, BLOCK_ROWS, ROWS, COLUMNS, CHANNELS = range(7, 12)
-TARGET_ROWS, TARGET_COLUMNS, OUTPUTS, STRIDE, TOP = range(12, 17)
-HELD_ROWS, HELD_COLUMNS, WIDTH, FILL, LEFT = range(17, 22)
-REDUCE, REDUCED, PIXELS, HELD_PIXELS = range(22, 26)
-POOLS, POOL_COUNT, POOL_SCRATCH = range(26, 29)
-POSITIONS, TABLE, COUNT, WEIGHTS, WAIST, WAIST_WIDTH = range(29, 35)
-WAIST_SCRATCH, WAIST_PIXELS, EXPAND, TARGET_PIXELS = range(35, 39)
-RAMP, ZEROS, BIAS, RELU, LISTS = range(39, 44)
-ARGUMENTS = 44
+REDUCE, WEIGHTS, EXPAND, BIAS, ZEROS = range(7, 12)
+PIXELS, HELD_PIXELS, POSITIONS, TARGET_PIXELS, WAIST_PIXELS = range(12, 17)
+RAMP, TABLE, POOLS, LISTS = range(17, 21)
+BLOCKS, BLOCK_ROWS, ROWS, COLUMNS, CHANNELS = range(21, 26)
+TARGET_ROWS, TARGET_COLUMNS, OUTPUTS = range(26, 29)
+STRIDE, TOP, LEFT, HELD_ROWS, HELD_COLUMNS, WIDTH, FILL = range(29, 36)
+REDUCED, COUNT, WAIST, WAIST_WIDTH = range(36, 40)
+WAIST_SCRATCH, POOL_COUNT, POOL_SCRATCH = range(40, 43)
+ARGUMENTS = 43
 IN_PLACE, COPY, REDUCTION = range(3)
 # Places in the row of integers that describes a pooled run of columns.
 MAXIMUM, FIRST_ROW, FIRST_COLUMN, POOL_HEIGHT, POOL_WIDTH = range(5)
@@ -75,60 +75,70 @@ def fill(p, source, held, first):
 
 @njit
 def pool(p, q, source, held, first, scratch):
-    """One pooled run of a block: horizontally into scratch rows, then vertically behind a pixel."""
-    pooled, channels = q[POOLED], line(p[LISTS] + q[LIST] * 8, q[POOLED], np.int64)
-    image = line(source, p[ROWS] * p[COLUMNS] * p[CHANNELS], np.float32)
-    row_size = p[TARGET_COLUMNS] * pooled
-    lines = line(scratch, p[HELD_ROWS] * row_size, np.float32)
-    packed = line(scratch + p[HELD_ROWS] * row_size * 4, p[COLUMNS] * pooled, np.float32)
-    for r in range(p[HELD_ROWS]):
-        y = first + r
-        if y < 0 or y >= p[ROWS]:
-            continue
-        for x in range(p[COLUMNS]):
-            pixel = (y * p[COLUMNS] + x) * p[CHANNELS]
+    """One pooled run of a block: across each row, then down, then behind its pixel.
+
+    The channels of a run are packed side by side with the padding around, so that every pass goes
+    over a whole row at once; where columns are strided, those between are computed in vain.
+    """
+    pooled, size = q[POOLED], p[HELD_COLUMNS] * q[POOLED]
+    length = ((p[TARGET_COLUMNS] - 1) * q[COLUMN_STRIDE] + 1) * pooled
+    packed, shares = line(scratch, size, np.float32), line(scratch + size * 4, size, np.float32)
+    column = line(scratch + size * 8, size, np.float32)
+    lines = scratch + size * 12
+    packed[:] = _NONE if q[MAXIMUM] else np.float32(0)
+    for i in range(length):
+        seen = inside(i // pooled - p[LEFT] + q[FIRST_COLUMN], q[POOL_WIDTH], p[COLUMNS])
+        shares[i] = np.float32(1) / np.float32(max(1, seen))
+    for r in range(max(0, -first), min(p[HELD_ROWS], p[ROWS] - first)):
+        row = source + (first + r) * p[COLUMNS] * p[CHANNELS] * 4
+        pack(p, q, row, packed)
+        made = line(lines + r * size * 4, length, np.float32)
+        for k in range(q[POOL_WIDTH]):
+            combine(made, packed, (q[FIRST_COLUMN] + k) * pooled, length, k, q[MAXIMUM])
+        if not q[MAXIMUM]:
+            for i in range(length):
+                made[i] *= shares[i]
+    for o in range(p[BLOCK_ROWS]):
+        top = o * p[STRIDE] + q[FIRST_ROW]
+        seen = 0
+        for r in range(top, top + q[POOL_HEIGHT]):
+            if 0 <= first + r < p[ROWS]:
+                taken = line(lines + r * size * 4, length, np.float32)
+                combine(column, taken, 0, length, seen, q[MAXIMUM])
+                seen += 1
+        share = np.float32(1) if q[MAXIMUM] else np.float32(1) / np.float32(max(1, seen))
+        place = (o * p[STRIDE] * p[HELD_COLUMNS] * p[WIDTH] + q[PLACE]) * 4
+        step = q[COLUMN_STRIDE]
+        for x in range(p[TARGET_COLUMNS]):
+            out = line(held + place + x * step * p[WIDTH] * 4, pooled, np.float32)
             for c in range(pooled):
-                packed[x * pooled + c] = image[pixel + channels[c]]
-        for o in range(p[TARGET_COLUMNS]):
-            x = o * q[COLUMN_STRIDE] - p[LEFT] + q[FIRST_COLUMN]
-            here, seen = r * row_size + o * pooled, 0
-            for _ in range(q[POOL_WIDTH]):
-                if 0 <= x < p[COLUMNS]:
-                    combine(lines, here, packed, x * pooled, pooled, seen, q[MAXIMUM])
-                    seen += 1
-                x += 1
-    out = line(held, p[HELD_ROWS] * p[HELD_COLUMNS] * p[WIDTH], np.float32)
-    for o_row in range(p[BLOCK_ROWS]):
-        for o in range(p[TARGET_COLUMNS]):
-            start = o * q[COLUMN_STRIDE] - p[LEFT] + q[FIRST_COLUMN]
-            wide = inside(start, q[POOL_WIDTH], p[COLUMNS])
-            here = (o_row * p[STRIDE] * p[HELD_COLUMNS] + o * q[COLUMN_STRIDE]) * p[WIDTH]
-            here += q[PLACE]
-            r, high = o_row * p[STRIDE] + q[FIRST_ROW], 0
-            for _ in range(q[POOL_HEIGHT]):
-                if 0 <= first + r < p[ROWS] and wide:
-                    combine(out, here, lines, r * row_size + o * pooled, pooled, high, q[MAXIMUM])
-                    high += 1
-                r += 1
-            if high == 0 or not q[MAXIMUM]:
-                share = np.float32(1) / np.float32(max(1, high * wide))
-                for c in range(pooled):
-                    out[here + c] = out[here + c] * share if high else np.float32(0)
+                out[c] = column[x * step * pooled + c] * share if seen else np.float32(0)
 
 
 @njit
-def combine(target, to, source, at, numbers, seen, maximum):
-    """The first number itself, then maxima (where a NaN stays) or sums."""
+def pack(p, q, source, packed):
+    """A run's channels of one row of the image, side by side behind the padding on the left."""
+    pooled, channels = q[POOLED], line(p[LISTS] + q[LIST] * 8, q[POOLED], np.int64)
+    row = line(source, p[COLUMNS] * p[CHANNELS], np.float32)
+    place = p[LEFT] * pooled
+    for x in range(p[COLUMNS]):
+        for c in range(pooled):
+            packed[place + x * pooled + c] = row[x * p[CHANNELS] + channels[c]]
+
+
+@njit
+def combine(target, source, at, length, seen, maximum):
+    """Make `target` the first row itself, then maxima (where a NaN stays) or sums."""
     if seen == 0:
-        for c in range(numbers):
-            target[to + c] = source[at + c]
+        for i in range(length):
+            target[i] = source[at + i]
     elif maximum:
-        for c in range(numbers):
-            new, old = source[at + c], target[to + c]
-            target[to + c] = new if (new > old) | (new != new) else old
+        for i in range(length):
+            new, old = source[at + i], target[i]
+            target[i] = new if (new > old) | (new != new) else old
     else:
-        for c in range(numbers):
-            target[to + c] += source[at + c]
+        for i in range(length):
+            target[i] += source[at + i]
 
 
 @njit
@@ -148,7 +158,6 @@ def block(p, source, target, first_output, scratch):
     for number in range(p[POOL_COUNT]):
         q = line(p[POOLS] + number * POOL * 8, POOL, np.int64)
         pool(p, q, source, held, first, scratch + p[POOL_SCRATCH])
-    low = np.float32(0) if p[RELU] else _NONE
     positions = p[BLOCK_ROWS] * p[TARGET_COLUMNS]
     made = target + first_output * p[TARGET_COLUMNS] * p[OUTPUTS] * 4
     # fmt: off
@@ -160,12 +169,12 @@ def block(p, source, target, first_output, scratch):
         )
         product(
             waist, p[WAIST_PIXELS], made, p[TARGET_PIXELS], positions,
-            p[RAMP], p[WAIST], p[EXPAND], p[BIAS], p[OUTPUTS], low,
+            p[RAMP], p[WAIST], p[EXPAND], p[BIAS], p[OUTPUTS], _NONE,
         )
     else:
         product(
             held, p[POSITIONS], made, p[TARGET_PIXELS], positions,
-            p[TABLE], p[COUNT], p[EXPAND], p[BIAS], p[OUTPUTS], low,
+            p[TABLE], p[COUNT], p[EXPAND], p[BIAS], p[OUTPUTS], _NONE,
         )
     # fmt: on
 
