@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -26,8 +25,11 @@ from torch.nn import functional as F
 
 from pfsurgery.kernels import disabled
 from pfsurgery.ops.bottleneck import Bottleneck
+from pfsurgery.recover.device import typical_structure
+from pfsurgery.recover.fit import Form
+from pfsurgery.recover.options import Option
 from pfsurgery.sites import Geometry
-from pfsurgery.structure import Run, Structure
+from pfsurgery.structure import Structure
 
 RESULTS = Path(__file__).parent / "results"
 SITES = ((64, 56), (128, 28), (256, 14), (512, 7), (64, 16), (96, 8), (128, 4), (256, 2))
@@ -35,35 +37,19 @@ LAYOUTS = {"NHWC": torch.channels_last, "NCHW": torch.contiguous_format}
 DENSE = "dense 3x3"
 
 
-def runs(channels: int, columns: int, average: bool) -> tuple[Run, ...]:
-    """`columns` columns over `channels` channels: taps in equal shares, an average among them."""
-    kinds = [("tap", i, j, 1, 1) for i in range(3) for j in range(3)]
-    if average:
-        kinds.append(("average", 0, 0, 3, 3))
-    generator = torch.Generator().manual_seed(0)
-    made, left = [], columns
-    for place, (kind, top, column, height, width) in enumerate(kinds):
-        count = left // (len(kinds) - place)
-        picked = torch.randperm(channels, generator=generator)[:count].sort().values
-        made.append(Run(kind, top, column, height, width, tuple(picked.tolist())))
-        left -= count
-    return tuple(made)
-
-
-def in_order(width: int) -> tuple[Run, ...]:
-    """One operation for each of `width` channels, all nine taps, channels sorted by operation."""
-    edges = [round(i * width / 9) for i in range(10)]
-    spans = [tuple(range(a, b)) for a, b in pairwise(edges)]
-    return tuple(Run("tap", i // 3, i % 3, 1, 1, s) for i, s in enumerate(spans) if s)
-
-
-def forms(c: int) -> dict[str, Structure]:
-    """The forms of a site of `c` channels."""
+def forms(channels: int) -> dict[str, Structure]:
+    """The forms of a site; a third of the columns of an unreduced input are averages."""
+    geometry = Geometry(channels, channels, (3, 3), padding=(1, 1))
+    quarter = channels // 4
+    sizes: dict[str, tuple[Form, tuple[int, ...]]] = {
+        "columns B=C": ("columns", (channels,)),
+        "waist B=2C r=C/4": ("waist", (quarter, 2 * channels)),
+        "bottleneck r=C/2": ("bottleneck", (channels // 2,)),
+        "thin C/4>C/4": ("thin", (quarter, quarter)),
+    }
     return {
-        "columns B=C": Structure("columns", None, runs(c, c, True), None, 0.0),
-        "waist B=2C r=C/4": Structure("waist", None, runs(c, 2 * c, True), c // 4, 0.0),
-        "bottleneck r=C/2": Structure("bottleneck", c // 2, in_order(c // 2), None, 0.0),
-        "thin C/4>C/4": Structure("thin", c // 4, (), c // 4, 0.0),
+        name: typical_structure(Option(form, widths, 0.0, 0.0), geometry)
+        for name, (form, widths) in sizes.items()
     }
 
 

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from pfsurgery.recover import (
     reconstruct,
 )
 from pfsurgery.recover.finetune import check_optimizer
+from pfsurgery.select import Patterns
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -109,6 +111,8 @@ def run_job(
     out: str | Path,
     config: FinetuneConfig | None = None,
     tell: Tell = lambda line: None,
+    include: Patterns = None,
+    exclude: Patterns = None,
 ) -> tuple[nn.Module, Report]:
     """Convert `original`, recover it, and write model and report to `out`.
 
@@ -126,6 +130,8 @@ def run_job(
         out: Folder, made if it is missing.
         config: Settings of the fine-tuning.
         tell: Called with a line of text as each step begins.
+        include: With a budget: patterns of the sites that may change; a plan knows.
+        exclude: With a budget: patterns of sites that are kept.
 
     Returns:
         The converted, recovered model and the report.
@@ -148,7 +154,7 @@ def run_job(
         return result
 
     step("original", lambda: original, original)
-    fast, example = _surgery(original, policy, train, step, tell)
+    fast, example = _surgery(original, policy, include, exclude, train, step, tell)
     step("fine-tuned", lambda: _finetune(fast, original, train, val, config, folder), fast)
     tell("measuring")
     fast.eval()
@@ -161,6 +167,8 @@ def run_job(
 def _surgery(
     original: nn.Module,
     policy: Plan | DataPolicy,
+    include: Patterns,
+    exclude: Patterns,
     train: Any,
     step: Callable[[str, Callable[[], Any], nn.Module], Any],
     tell: Tell,
@@ -169,10 +177,9 @@ def _surgery(
     images = first_images(unlabelled_images(train, original), _CALIBRATION_IMAGES)
     example = images[0][:1]
     if not isinstance(policy, Plan):
+        fit = partial(convert, original, policy, include=include, exclude=exclude, tell=tell)
         fitted: nn.Module = step(
-            "fitted to images",
-            lambda: convert(original, policy, example=example, images=images, tell=tell),
-            original,
+            "fitted to images", lambda: fit(example=example, images=images), original
         )
         return fitted, example
     fast: nn.Module = step(

@@ -280,3 +280,22 @@ def test_reconstruct_keeps_the_state_dict_names(images, tmp_path):
     assert list(fast.state_dict()) == names
     again = load(save(fast, tmp_path), base=Net)
     assert torch.equal(again(images[0]), fast(images[0]))
+
+
+def test_a_latency_budget_is_spent_on_this_device(images):
+    model, told = trained_like(), []
+    policy = budget(latency="1000%", batch=4)
+    fast = convert(model, policy, images=images, tell=told.append)
+    assert any("of the original's time" in line for line in told)
+    decided = record(fast).plans[-1]
+    assert all("ms" in d.reason for d in decided.replaced)
+    assert distance(fast, model, images) < 0.05
+    with pytest.raises(PolicyError, match="cannot be met"):
+        convert(model, budget(latency="1%", batch=4), images=images)
+
+
+def test_a_latency_budget_is_one_limit():
+    with pytest.raises(PolicyError, match="one limit"):
+        budget(macs="50%", latency="50%")
+    with pytest.raises(PolicyError, match="batch"):
+        budget(latency="50%", batch=0)

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.models import load_checkpoint
 
-from pfsurgery import demo, load
+from pfsurgery import demo, load, record
 from pfsurgery.cli import main
 
 COMMANDS = (
@@ -115,6 +115,27 @@ def test_a_budget_is_fitted_to_images(cli, tmp_path):
     assert "relative error" in result.out
     assert " s)" in result.out
     assert any("columns" in name or "reduce" in name for name, _ in load(out).named_modules())
+
+
+def test_a_budget_keeps_excluded_sites(cli, tmp_path):
+    out = tmp_path / "fast"
+    result = cli(
+        *("convert", *SMALL, "--no-pretrained", "-p", "budget", "--macs", "80%", "--size", 32),
+        *("--data", "digits", "--images", 64, "--exclude", "layer1.*", "--out", out),
+    )
+    assert result.code == 0, result.err
+    replaced = [d.site.name for d in record(load(out)).plans[-1] if d.replaced]
+    assert replaced
+    assert not any(name.startswith("layer1.") for name in replaced)
+
+
+def test_a_latency_is_asked_for(cli, tmp_path):
+    result = cli(
+        *("convert", *SMALL, "--no-pretrained", "-p", "budget", "--latency", "95%", "--size", 32),
+        *("--data", "digits", "--images", 64, "--out", tmp_path / "fast"),
+    )
+    met = result.code == 0 and "of the original's time" in result.out
+    assert met or (result.code == 2 and "cannot be met" in result.err)
 
 
 def test_weights_come_from_a_local_checkpoint(cli, tmp_path):

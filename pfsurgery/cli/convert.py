@@ -25,6 +25,7 @@ def convert(
     checkpoint: options.Checkpoint = None,
     macs: options.Macs = None,
     params: options.Params = None,
+    latency: options.Latency = None,
     thin: options.Thin = True,
     pointwise: options.Pointwise = False,
     data: Annotated[
@@ -48,11 +49,12 @@ def convert(
     Example: pfsurgery convert --model resnet50 --policy budget --macs 40% --data imagenet/ --out f/
     """
     net = options.opened(model, pretrained, checkpoint, num_classes, model_kwarg)
-    chosen = options.chosen(
+    chosen, sites = options.chosen(
         net,
         policy,
         macs=macs,
         params=params,
+        latency=latency,
         thin=thin,
         pointwise=pointwise,
         size=size,
@@ -66,6 +68,7 @@ def convert(
         example=options.example_of(net, size),
         images=None if data is None else first_images(unlabelled_images(data, net), number),
         tell=show.timed(),
+        **sites,
     )
     save(fast, out)
     done = record(fast).plans[-1]

@@ -22,6 +22,7 @@ def demo(
     ] = "maxpool_all",
     macs: options.Macs = None,
     params: options.Params = None,
+    latency: options.Latency = None,
     thin: options.Thin = True,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     json: options.Json = False,
@@ -35,7 +36,7 @@ def demo(
     writable(out)
     report = demo_job.run(
         out,
-        policy=budget(macs, params, thin=thin) if policy == "budget" else policy,
+        policy=budget(macs, params, latency, thin=thin) if policy == "budget" else policy,
         seed=seed,
         tell=show.silent if json else show.line,
     )

@@ -36,6 +36,7 @@ def finetune(
     workers: Annotated[int | None, typer.Option(help="Processes that read images.", min=0)] = None,
     macs: options.Macs = None,
     params: options.Params = None,
+    latency: options.Latency = None,
     thin: options.Thin = True,
     pointwise: options.Pointwise = False,
     include: options.Include = None,
@@ -65,11 +66,12 @@ def finetune(
     writable(out)
     original = options.opened(model, pretrained, checkpoint, num_classes, model_kwarg)
     images = open_data(data, original, batch_size=batch_size, workers=workers)
-    chosen = options.chosen(
+    chosen, sites = options.chosen(
         original,
         policy,
         macs=macs,
         params=params,
+        latency=latency,
         thin=thin,
         pointwise=pointwise,
         include=include,
@@ -84,5 +86,6 @@ def finetune(
         out=out,
         config=config,
         tell=show.silent if json else show.line,
+        **sites,
     )
     show.report(report, out, json)

@@ -56,6 +56,10 @@ Macs = Annotated[
 Params = Annotated[
     str | None, typer.Option(help="For --policy budget: parameters left, as 25% or a number.")
 ]
+Latency = Annotated[
+    str | None,
+    typer.Option(help="For --policy budget: time of a batch of 8 left, as 60% or in ms."),
+]
 Thin = Annotated[
     bool,
     typer.Option(
@@ -144,20 +148,31 @@ def chosen(
     *,
     macs: str | None = None,
     params: str | None = None,
+    latency: str | None = None,
     thin: bool = True,
     pointwise: bool = False,
-    **selection: Any,
-) -> Plan | DataPolicy:
-    """The policy fitted to images that the options describe, or the plan; see `planned`."""
-    if policy == "budget":
-        return budget(macs, params, thin=thin, pointwise=pointwise)
-    if pointwise:
-        raise PolicyError("--pointwise goes with --policy budget.")
-    if macs is not None or params is not None:
-        raise PolicyError("--macs and --params go with --policy budget.")
+    size: int | None = None,
+    include: list[str] | None = None,
+    exclude: list[str] | None = None,
+    mixing: str = "auto",
+) -> tuple[Plan | DataPolicy, dict[str, Any]]:
+    """The policy fitted to images that the options describe, or the plan (see `planned`).
+
+    And what `convert` is told of the sites that may change: nothing with a plan, which knows.
+    """
+    if policy not in ("budget", "bare"):
+        if pointwise:
+            raise PolicyError("--pointwise goes with --policy budget.")
+        if (macs, params, latency) != (None, None, None):
+            raise PolicyError("--macs, --params and --latency go with --policy budget.")
+        plan = planned(model, policy, size=size, include=include, exclude=exclude, mixing=mixing)
+        return plan, {}
+    if mixing != "auto":
+        raise PolicyError(f"--mixing does not go with --policy {policy}, which adds what it needs.")
+    sites = {"include": include or None, "exclude": exclude or None}
     if policy == "bare":
-        return bare()
-    return planned(model, policy, **selection)
+        return bare(), sites
+    return budget(macs, params, latency, thin=thin, pointwise=pointwise), sites
 
 
 def example_of(model: nn.Module, size: int | None, batch: int = 1) -> Any:

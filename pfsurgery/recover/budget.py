@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pfsurgery.errors import PolicyError
@@ -14,6 +16,7 @@ from pfsurgery.plan import Decision, Plan
 from pfsurgery.policy import KEEP, Rule, Tell
 from pfsurgery.recover.calibration import calibration_batches, dressed, frozen_copy, hold_out
 from pfsurgery.recover.columns import Operation
+from pfsurgery.recover.device import choose_by_latency
 from pfsurgery.recover.fit import Form
 from pfsurgery.recover.gram import Moments
 from pfsurgery.recover.hull import spend
@@ -48,19 +51,24 @@ class Budget:
     Attributes:
         macs: Multiply-adds of one image, absolute or a share of the model's, None if free.
         params: Parameters, absolute or a share, None if free.
+        latency: Time of one batch in ms, absolute or a share, None if free.
+        batch: Images of that batch.
         forms: Which bottlenecks are considered, see `pfsurgery.structure.Structure`.
         pointwise: 1x1 convolutions take part too.
     """
 
     macs: Amount | None = None
     params: Amount | None = None
+    latency: Amount | None = None
+    batch: int = 8
     forms: tuple[Form, ...] = _ANY
     pointwise: bool = False
 
     @property
     def name(self) -> str:
         """What plans call the policy."""
-        limit = f"macs={self.macs}" if self.macs is not None else f"params={self.params}"
+        limits = {"macs": self.macs, "params": self.params, "latency": self.latency}
+        limit = ", ".join(f"{key}={value}" for key, value in limits.items() if value is not None)
         return f"budget({limit}{'' if 'thin' in self.forms else ', thin=False'})"
 
     def decide(self, site: Site) -> Rule | None:
@@ -87,21 +95,32 @@ class Budget:
         teacher = frozen_copy(model)
         sites = [d.site for d in plan if d.replaced]
         looked = _screens(teacher, sites, batches)
-        chosen = self._choose(teacher, sites, looked, batches, tell)
+        choices = self._choices(teacher, sites, looked, batches, tell)
+        if self.latency is None:
+            places, costs = self._spend(teacher, sites, choices, batches[0][:1]), None
+        else:
+            images = batches[0][:1].expand(self.batch, -1, -1, -1)
+            images = images.contiguous(memory_format=torch.channels_last)
+            places, costs = choose_by_latency(
+                teacher, sites, choices, images, partial(_absolute, self.latency), tell
+            )
+        chosen = {name: choices[name][place] for name, place in places.items()}
         student, done = refit_in_order(teacher, sites, chosen, batches, tell, looked)
         polish(student, teacher, batches, judges, tell)
+        if costs is not None:
+            done = {name: _with_time(d, costs[name], places[name]) for name, d in done.items()}
         final = Plan(self.name, tuple(_decided(d, chosen, done) for d in plan))
         return dressed(student, model), final
 
-    def _choose(
+    def _choices(
         self,
         teacher: nn.Module,
         sites: Sequence[Site],
         looked: Mapping[str, Screen],
         batches: Sequence[Tensor],
         tell: Tell,
-    ) -> dict[str, Option | None]:
-        """The form of each site, None where its convolution is kept."""
+    ) -> dict[str, list[Option | None]]:
+        """The forms that each site may take; the first, None, keeps its convolution."""
         tell(f"reading what {len(sites)} convolutions see")
         choices: dict[str, list[Option | None]] = {site.name: [None] for site in sites}
         depthwise = [site for site in sites if site.kind == "depthwise"]
@@ -117,6 +136,16 @@ class Budget:
                 found = _options(teacher, site, moments.pop(0), o, self.forms, screen)
                 choices[site.name] += found
                 tell(f"{site.name}: {len(found)} forms")
+        return choices
+
+    def _spend(
+        self,
+        teacher: nn.Module,
+        sites: Sequence[Site],
+        choices: Mapping[str, Sequence[Option | None]],
+        image: Tensor,
+    ) -> dict[str, int]:
+        """Index of each site's option within a budget of multiply-adds or parameters."""
         points = {
             site.name: [
                 (self._cost(site, option), 0.0 if option is None else option.error)
@@ -124,8 +153,7 @@ class Budget:
             ]
             for site in sites
         }
-        places = spend(points, self._allowed(teacher, sites, batches[0][:1]))
-        return {name: choices[name][place] for name, place in places.items()}
+        return spend(points, self._allowed(teacher, sites, image))
 
     def _cost(self, site: Site, option: Option | None) -> float:
         """What a site costs: multiply-adds of one image, or parameters."""
@@ -162,11 +190,13 @@ class Budget:
 def budget(
     macs: Amount | None = None,
     params: Amount | None = None,
+    latency: Amount | None = None,
     *,
+    batch: int = 8,
     thin: bool = True,
     pointwise: bool = False,
 ) -> Budget:
-    """A policy that spends multiply-adds or parameters where they remove most error.
+    """A policy that spends multiply-adds, parameters or time where they remove most error.
 
     Each convolution that mixes channels may become a bottleneck fitted in closed form to unlabelled
     images: parameter-free columns between pointwise convolutions, or a thin dense convolution. A
@@ -176,18 +206,28 @@ def budget(
     Args:
         macs: What one image may cost, in multiply-adds: a number, or a share such as `"25%"` of
             the whole model's.
-        params: The same for parameters; give one of the two.
+        params: The same for parameters.
+        latency: The same for the time of a batch, in ms, as measured on the model's device with
+            both models as `pfsurgery.optimize` leaves them. Give one of the three limits.
+        batch: Images of a timed batch.
         thin: Consider the thin dense form, which is not parameter-free.
         pointwise: Treat 1x1 convolutions in the same way, with the channel itself as the only
             operation: fewer of its channels, or a product of low rank.
 
     Raises:
-        PolicyError: Neither or both limits are given, or one is malformed.
+        PolicyError: Not exactly one limit is given, or it is malformed.
     """
-    if (macs is None) == (params is None):
-        raise PolicyError('A budget has one limit: budget(macs="25%") or budget(params="40%").')
-    _absolute(macs if macs is not None else params, 1.0)
-    return Budget(macs, params, _ANY if thin else _PARAMETER_FREE, pointwise)
+    given = [limit for limit in (macs, params, latency) if limit is not None]
+    if len(given) != 1:
+        raise PolicyError(
+            'A budget has one limit: budget(macs="25%"), budget(params="40%") or '
+            'budget(latency="60%").'
+        )
+    if batch < 1:
+        raise PolicyError(f"A batch has 1 image or more, not {batch}.")
+    _absolute(given[0], 1.0)
+    forms = _ANY if thin else _PARAMETER_FREE
+    return Budget(macs, params, latency, batch, forms, pointwise)
 
 
 def _absolute(amount: Amount | None, whole: float) -> float:
@@ -265,6 +305,12 @@ def _in_memory(sites: Sequence[Site]) -> Iterator[list[Site]]:
         held += size
     if group:
         yield group
+
+
+def _with_time(decision: Decision, costs: Sequence[float], place: int) -> Decision:
+    """The decision with what the site takes alone beside what its convolution took, in ms."""
+    told = f"{decision.reason}, about {costs[place]:.3f} of {costs[0]:.3f} ms"
+    return replace(decision, reason=told)
 
 
 def _decided(

@@ -16,6 +16,13 @@ from pfsurgery.structure import Run, Structure
 _DENORMAL = 1e-30  # smaller weights slow a product fourfold and say nothing
 
 
+def op_of(structure: Structure) -> str:
+    """Name of the op that a structure belongs to."""
+    if structure.form == "bare":
+        return "bare"
+    return "thin" if structure.dense else "mixed"
+
+
 def structure_of(fit: Fit, ops: Sequence[Operation]) -> Structure:
     """The widths and columns of a fit."""
     dense = fit.form in ("thin", "low_rank")

@@ -15,7 +15,7 @@ from pfsurgery.neighbours import neighbours_of_module
 from pfsurgery.ops.bottleneck import Bottleneck
 from pfsurgery.plan import Decision
 from pfsurgery.policy import Tell
-from pfsurgery.recover.build import bare_structure, set_weights, structure_of
+from pfsurgery.recover.build import bare_structure, op_of, set_weights, structure_of
 from pfsurgery.recover.capture import capture
 from pfsurgery.recover.channels import ChannelFit, ChannelSums, fold_into_norm
 from pfsurgery.recover.columns import Operation, kernel_columns
@@ -120,11 +120,9 @@ def _place_fitted(
     kernel = lifted_kernel(site_kernel(teacher, site, ops), screen)
     problem = site_moments(found.with_prior(kernel, _PRIOR), how.weights, ops, reuse=reuse(site))
     fit = unscreened(fit_option(problem, option, rounds=_ROUNDS), screen)
+    structure = structure_of(fit, ops)
     decision = Decision(
-        site,
-        "thin" if option.form in ("thin", "low_rank") else "mixed",
-        reason=f"relative error {fit.error:.3f}",
-        structure=structure_of(fit, ops),
+        site, op_of(structure), reason=f"relative error {fit.error:.3f}", structure=structure
     )
     apply_plan(student, [decision])
     module = student.get_submodule(site.name)
