@@ -265,6 +265,6 @@ def _whole(numbers: int) -> int:
 @lru_cache
 def _tile() -> tuple[int, int]:
     """Numbers of a vector, and outputs of a panel: what a tile holds of a row."""
-    from pfsurgery.kernels import loops_product
+    from pfsurgery.kernels import vectors
 
-    return loops_product.LANES, loops_product.LANES * loops_product.VECTORS
+    return vectors.LANES, vectors.LANES * vectors.VECTORS

@@ -55,7 +55,7 @@ def fill(p, source, held, first):
         # fmt: off
         product(
             source, p[PIXELS], held, places, pixels,
-            p[RAMP], p[CHANNELS], p[REDUCE], p[ZEROS], p[REDUCED], _NONE,
+            p[RAMP], p[CHANNELS], p[REDUCE], p[ZEROS], p[REDUCED],
         )
         # fmt: on
         return
@@ -165,16 +165,16 @@ def block(p, source, target, first_output, scratch):
         waist = scratch + p[WAIST_SCRATCH]
         product(
             held, p[POSITIONS], waist, p[WAIST_PIXELS], positions,
-            p[TABLE], p[COUNT], p[WEIGHTS], p[ZEROS], p[WAIST_WIDTH], _NONE,
+            p[TABLE], p[COUNT], p[WEIGHTS], p[ZEROS], p[WAIST_WIDTH],
         )
         product(
             waist, p[WAIST_PIXELS], made, p[TARGET_PIXELS], positions,
-            p[RAMP], p[WAIST], p[EXPAND], p[BIAS], p[OUTPUTS], _NONE,
+            p[RAMP], p[WAIST], p[EXPAND], p[BIAS], p[OUTPUTS],
         )
     else:
         product(
             held, p[POSITIONS], made, p[TARGET_PIXELS], positions,
-            p[TABLE], p[COUNT], p[EXPAND], p[BIAS], p[OUTPUTS], _NONE,
+            p[TABLE], p[COUNT], p[EXPAND], p[BIAS], p[OUTPUTS],
         )
     # fmt: on
 

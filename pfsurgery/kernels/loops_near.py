@@ -1,0 +1,238 @@
+"""Windows of three rows and three columns at stride 1: two rows of outputs in one go.
+
+A row of an image is one run of numbers, and so is each of its taps: the same run, a pixel to the
+left or right. Nothing but the outputs is written. A tap in the padding is read from the pixel
+beside it: a maximum does not notice, and of a weighted sum it gets a part of that pixel's weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from pfsurgery.kernels.loops import mix_with_nan
+from pfsurgery.kernels.loops_base import (
+    ACROSS,
+    ARGUMENTS,
+    AXIS,
+    COLUMNS,
+    COUNTS,
+    DOWN,
+    GROUP,
+    MOST,
+    POSITIONS,
+    ROWS,
+    SOURCE,
+    STEP,
+    TARGET,
+    UNITS,
+    WEIGHTS,
+    address,
+    line,
+    take,
+)
+from pfsurgery.kernels.vectors import (
+    FLOAT,
+    INTEGER,
+    LANES,
+    SIZE,
+    VECTOR,
+    at,
+    first_lanes,
+    load,
+    multiply_add,
+    splat,
+    store,
+)
+
+_BITS = ir.IntType(LANES)
+
+
+def _two_rows(maximum: bool) -> Any:
+    """Two rows of outputs of four rows of inputs, `length` numbers of each.
+
+    The function takes addresses of the four rows and the two targets, how far the left and the
+    right tap are in bytes, and the address of nine weights: of the columns, then of each target's
+    rows. It says whether it saw a NaN in the middle; then a maximum is not to be relied upon.
+    """
+
+    @intrinsic
+    def two_rows(
+        typing_context: Any,
+        top: Any,
+        upper: Any,
+        lower: Any,
+        bottom: Any,
+        first: Any,
+        second: Any,
+        left: Any,
+        right: Any,
+        length: Any,
+        weights: Any,
+    ) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            rows, targets, (left, right, length, weights) = args[:4], args[4:6], args[6:]
+            zero = ir.Constant(VECTOR, [0.0] * LANES)
+            none = builder.fcmp_ordered("<", zero, zero)
+            found = cgutils.alloca_once_value(builder, none)
+            factors = [
+                splat(builder, builder.load(at(builder, weights, i * SIZE, FLOAT)))
+                for i in range(9)
+            ]
+
+            def larger(old: Any, new: Any) -> Any:
+                """Of equal numbers the first, as in ATen."""
+                return builder.select(builder.fcmp_ordered(">", new, old), new, old)
+
+            def joined(numbers: list[Any], of: list[Any]) -> Any:
+                if maximum:
+                    return larger(larger(numbers[0], numbers[1]), numbers[2])
+                made = builder.fmul(numbers[0], of[0])
+                made = multiply_add(builder, numbers[1], of[1], made)
+                return multiply_add(builder, numbers[2], of[2], made)
+
+            def step(place: Any, mask: Any) -> None:
+                across = []
+                for row in rows:
+                    middle = builder.add(row, place)
+                    taps = [
+                        load(builder, builder.add(middle, left), 0, mask),
+                        load(builder, middle, 0, mask),
+                        load(builder, builder.add(middle, right), 0, mask),
+                    ]
+                    if maximum:
+                        nan = builder.fcmp_unordered("uno", taps[1], taps[1])
+                        builder.store(builder.or_(builder.load(found), nan), found)
+                    across.append(joined(taps, factors[:3]))
+                # The second first: the last row of an odd number is made twice, at one place.
+                made = joined(across[1:], factors[6:]), joined(across[:3], factors[3:6])
+                store(builder, made[0], builder.add(targets[1], place), 0, mask)
+                store(builder, made[1], builder.add(targets[0], place), 0, mask)
+
+            lanes = ir.Constant(INTEGER, LANES)
+            whole = builder.udiv(length, lanes)
+            with cgutils.for_range(builder, whole, intp=INTEGER) as loop:
+                step(builder.mul(loop.index, ir.Constant(INTEGER, LANES * SIZE)), None)
+            done = builder.mul(whole, lanes)
+            rest = builder.sub(length, done)
+            with builder.if_then(builder.icmp_signed(">", rest, ir.Constant(INTEGER, 0))):
+                step(builder.mul(done, ir.Constant(INTEGER, SIZE)), first_lanes(builder, rest))
+            bits = builder.bitcast(builder.load(found), _BITS)
+            return builder.zext(builder.icmp_unsigned("!=", bits, ir.Constant(_BITS, 0)), INTEGER)
+
+        return types.int64(*[types.int64] * 10), generate
+
+    return two_rows
+
+
+_two_maxima, _two_sums = _two_rows(True), _two_rows(False)
+
+
+@njit
+def split(axis_at, output, weights):
+    """Three weights of an output whose window may lack its first or last tap."""
+    axis = line(axis_at, AXIS, np.int64)
+    at = output * axis[MOST]
+    count = line(axis[COUNTS], output + 1, np.int64)[output]
+    found = line(axis[WEIGHTS], at + count, np.float64)
+    position = line(axis[POSITIONS], at + 1, np.int64)[at]
+    if count == 3:
+        for k in range(3):
+            weights[k] = found[at + k]
+    elif count == 1:
+        weights[0], weights[1], weights[2] = found[at] / 4, found[at] / 2, found[at] / 4
+    elif position == output:
+        weights[0], weights[1], weights[2] = found[at] / 2, found[at] / 2, found[at + 1]
+    else:
+        weights[0], weights[1], weights[2] = found[at], found[at + 1] / 2, found[at + 1] / 2
+
+
+@njit
+def pair(weighted, p, source, target, y, weights):
+    """Output rows `y` and `y + 1` of one image; whether a NaN was seen."""
+    rows, columns = p[ROWS], p[COLUMNS]
+    step = p[STEP] * SIZE
+    pitch = columns * step
+    then = min(y + 1, rows - 1)
+    upper, lower = source + y * pitch, source + then * pitch
+    top, bottom = source + max(0, y - 1) * pitch, source + min(then + 1, rows - 1) * pitch
+    if weighted is not None:
+        split(p[DOWN], y, weights[3:6])
+        split(p[DOWN], then, weights[6:9])
+    first, second = target + y * pitch, target + then * pitch
+    at_weights = np.int64(weights.ctypes.data)
+    found = np.int64(0)
+    for part in range(3):
+        begin, end = (0, 1) if part == 0 else (1, columns - 1)
+        if part == 2:
+            begin, end = columns - 1, columns
+        if begin >= end or (part == 2 and columns == 1):
+            continue
+        if weighted is not None:
+            split(p[ACROSS], begin, weights[:3])
+        at, length = begin * step, (end - begin) * p[STEP]
+        left = np.int64(0) if begin == 0 else -step
+        right = np.int64(0) if end == columns else step
+        # fmt: off
+        if weighted is None:
+            found |= _two_maxima(
+                top + at, upper + at, lower + at, bottom + at, first + at, second + at,
+                left, right, length, at_weights,
+            )
+        else:
+            _two_sums(
+                top + at, upper + at, lower + at, bottom + at, first + at, second + at,
+                left, right, length, at_weights,
+            )
+        # fmt: on
+    return found != 0
+
+
+@njit
+def near(weighted, data):
+    """Images in blocks of GROUP rows, an even number."""
+    p = line(data, ARGUMENTS, np.int64)
+    weights = np.zeros(9, np.float32)
+    taps = np.empty(9, np.int64)
+    parts = (p[ROWS] + p[GROUP] - 1) // p[GROUP]
+    size = p[ROWS] * p[COLUMNS] * p[STEP] * SIZE
+    while True:
+        unit = take(data)
+        if unit >= p[UNITS]:
+            return
+        image, part = unit // parts, unit % parts
+        source, target = p[SOURCE] + image * size, p[TARGET] + image * size
+        begin, end = part * p[GROUP], min((part + 1) * p[GROUP], p[ROWS])
+        found = False
+        for y in range(begin, end, 2):
+            found |= pair(weighted, p, source, target, y, weights)
+        if found and weighted is None:
+            for y in range(begin, end):
+                mend(p, source, target, y, taps)
+
+
+@njit
+def mend(p, source, target, y, taps):
+    """Maxima of row `y` again, pixel by pixel, where a NaN beats every number."""
+    step, one = p[STEP] * SIZE, np.int64(1)
+    for x in range(p[COLUMNS]):
+        count = 0
+        for row in range(max(0, y - 1), min(y + 2, p[ROWS])):
+            for column in range(max(0, x - 1), min(x + 2, p[COLUMNS])):
+                taps[count] = source + (row * p[COLUMNS] + column) * step
+                count += 1
+        here = target + (y * p[COLUMNS] + x) * step
+        mix_with_nan(np.float32, np.int64(taps.ctypes.data), count, one, here, one, p[STEP])
+
+
+def max_near_float32(data):
+    near(None, address(data))
+
+
+def sum_near_float32(data):
+    near(True, address(data))
