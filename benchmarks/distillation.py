@@ -20,7 +20,8 @@ def distilled(
     """A copy of `model` after `steps` of SGD with a one-cycle rate, in eval mode.
 
     The loss is the Kullback-Leibler divergence from the teacher's classes, labels are not used.
-    Batches, crops and mirrors come from one seed, so all methods see the same.
+    Batches, crops and mirrors come from one seed, so all methods see the same. Where the processor
+    multiplies matrices in bfloat16, both networks run in it.
 
     Args:
         model: The smaller network.
@@ -39,9 +40,11 @@ def distilled(
     for _ in range(steps):
         index = torch.randint(0, len(images), (_BATCH,), generator=generator)
         x = base_nets.normalise(base_nets.augment(images[index], images.shape[-1], generator))
-        with torch.no_grad():
+        with torch.no_grad(), base_nets.autocast():
             wanted = teacher(x)
-        loss = kd_loss(student(x), wanted)
+        with base_nets.autocast():
+            scores = student(x)
+        loss = kd_loss(scores.float(), wanted.float())
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()

@@ -82,63 +82,71 @@ def pool(p, q, source, held, first, scratch):
     """
     pooled, size = q[POOLED], p[HELD_COLUMNS] * q[POOLED]
     length = ((p[TARGET_COLUMNS] - 1) * q[COLUMN_STRIDE] + 1) * pooled
-    packed, shares = line(scratch, size, np.float32), line(scratch + size * 4, size, np.float32)
-    column = line(scratch + size * 8, size, np.float32)
-    lines = scratch + size * 12
-    packed[:] = _NONE if q[MAXIMUM] else np.float32(0)
-    for i in range(length):
-        seen = inside(i // pooled - p[LEFT] + q[FIRST_COLUMN], q[POOL_WIDTH], p[COLUMNS])
-        shares[i] = np.float32(1) / np.float32(max(1, seen))
+    packed, column, lines = scratch, scratch + size * 8, scratch + size * 12
+    shares = line(scratch + size * 4, size, np.float32)
+    line(packed, size, np.float32)[:] = _NONE if q[MAXIMUM] else np.float32(0)
+    for x in range(length // pooled):
+        seen = inside(x - p[LEFT] + q[FIRST_COLUMN], q[POOL_WIDTH], p[COLUMNS])
+        shares[x * pooled : (x + 1) * pooled] = np.float32(1) / np.float32(max(1, seen))
     for r in range(max(0, -first), min(p[HELD_ROWS], p[ROWS] - first)):
         row = source + (first + r) * p[COLUMNS] * p[CHANNELS] * 4
         pack(p, q, row, packed)
-        made = line(lines + r * size * 4, length, np.float32)
+        made = lines + r * size * 4
         for k in range(q[POOL_WIDTH]):
-            combine(made, packed, (q[FIRST_COLUMN] + k) * pooled, length, k, q[MAXIMUM])
+            combine(made, packed + (q[FIRST_COLUMN] + k) * pooled * 4, length, k, q[MAXIMUM])
         if not q[MAXIMUM]:
+            across = line(made, length, np.float32)
             for i in range(length):
-                made[i] *= shares[i]
+                across[i] *= shares[i]
     for o in range(p[BLOCK_ROWS]):
         top = o * p[STRIDE] + q[FIRST_ROW]
         seen = 0
         for r in range(top, top + q[POOL_HEIGHT]):
             if 0 <= first + r < p[ROWS]:
-                taken = line(lines + r * size * 4, length, np.float32)
-                combine(column, taken, 0, length, seen, q[MAXIMUM])
+                combine(column, lines + r * size * 4, length, seen, q[MAXIMUM])
                 seen += 1
         share = np.float32(1) if q[MAXIMUM] else np.float32(1) / np.float32(max(1, seen))
-        place = (o * p[STRIDE] * p[HELD_COLUMNS] * p[WIDTH] + q[PLACE]) * 4
+        place = held + (o * p[STRIDE] * p[HELD_COLUMNS] * p[WIDTH] + q[PLACE]) * 4
         step = q[COLUMN_STRIDE]
         for x in range(p[TARGET_COLUMNS]):
-            out = line(held + place + x * step * p[WIDTH] * 4, pooled, np.float32)
+            made = line(place + x * step * p[WIDTH] * 4, pooled, np.float32)
+            down = line(column + x * step * pooled * 4, pooled, np.float32)
             for c in range(pooled):
-                out[c] = column[x * step * pooled + c] * share if seen else np.float32(0)
+                made[c] = down[c] * share
 
 
 @njit
 def pack(p, q, source, packed):
     """A run's channels of one row of the image, side by side behind the padding on the left."""
-    pooled, channels = q[POOLED], line(p[LISTS] + q[LIST] * 8, q[POOLED], np.int64)
-    row = line(source, p[COLUMNS] * p[CHANNELS], np.float32)
-    place = p[LEFT] * pooled
+    pooled, channels = q[POOLED], line(p[LISTS] + q[LIST] * 8, q[POOLED], np.uint64)
+    first, neighbours = channels[0], channels[pooled - 1] - channels[0] == pooled - 1
     for x in range(p[COLUMNS]):
-        for c in range(pooled):
-            packed[place + x * pooled + c] = row[x * p[CHANNELS] + channels[c]]
+        made = line(packed + (p[LEFT] + x) * pooled * 4, pooled, np.float32)
+        pixel = source + x * p[CHANNELS] * 4
+        if neighbours:
+            read = line(pixel + np.int64(first) * 4, pooled, np.float32)
+            for c in range(pooled):
+                made[c] = read[c]
+        else:
+            read = line(pixel, p[CHANNELS], np.float32)
+            for c in range(pooled):
+                made[c] = read[channels[c]]
 
 
 @njit
-def combine(target, source, at, length, seen, maximum):
+def combine(target, source, length, seen, maximum):
     """Make `target` the first row itself, then maxima (where a NaN stays) or sums."""
+    made, read = line(target, length, np.float32), line(source, length, np.float32)
     if seen == 0:
         for i in range(length):
-            target[i] = source[at + i]
+            made[i] = read[i]
     elif maximum:
         for i in range(length):
-            new, old = source[at + i], target[i]
-            target[i] = new if (new > old) | (new != new) else old
+            new, old = read[i], made[i]
+            made[i] = new if (new > old) | (new != new) else old
     else:
         for i in range(length):
-            target[i] += source[at + i]
+            made[i] += read[i]
 
 
 @njit
