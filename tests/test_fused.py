@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import pfsurgery
+from pfsurgery.errors import ShapeError
 from pfsurgery.kernels import disabled, explain
 from pfsurgery.ops.bottleneck import Bottleneck
 from pfsurgery.sites import Geometry
@@ -117,6 +119,29 @@ def test_nan_reaches_the_outputs_that_see_it(bottleneck):
         wanted = bottleneck(x).isnan()
     with torch.no_grad():
         assert torch.equal(bottleneck(x).isnan(), wanted)
+
+
+def test_what_does_not_fit_is_named(bottleneck):
+    with torch.no_grad():
+        with pytest.raises(ShapeError, match="32 channels was given 16"):
+            bottleneck(torch.randn(2, 16, 16, 16))
+        valid = Bottleneck(Geometry(32, 8, (5, 5)), Structure("thin", 4, (), 4, 0.0))
+        with pytest.raises(ShapeError, match="smaller than the window"):
+            valid(torch.randn(64, 32, 4, 4))
+
+
+def test_several_threads_at_once(bottleneck):
+    images = [torch.randn(2, 32, size, size) for size in range(8, 24)]
+
+    def made(x):
+        with torch.no_grad():
+            return bottleneck(x)
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(made, images))
+    with torch.no_grad(), disabled():
+        for x, y in zip(images, found, strict=True):
+            torch.testing.assert_close(y, bottleneck(x), rtol=1e-5, atol=1e-5)
 
 
 def test_the_eager_kernel_sees_changed_weights(bottleneck):

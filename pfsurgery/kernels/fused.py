@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pfsurgery.errors import ShapeError
 from pfsurgery.kernels.cpu import compiled
 from pfsurgery.kernels.threads import run, threads
-from pfsurgery.sites import Geometry, Pair
+from pfsurgery.sites import Geometry
 from pfsurgery.structure import Run, Structure
 
 _BLOCK = 65536  # numbers of scratch memory for one block: a part of the second-level cache
@@ -102,16 +103,25 @@ class Fused:
         return Fused, (self.geometry, self.structure)
 
     def __call__(self, x: Tensor, weights: Weights) -> Tensor:
-        """The bottleneck's output (N, C', H', W') of (N, C, H, W), in the layout of `x`."""
+        """The bottleneck's output (N, C', H', W') of (N, C, H, W), in the layout of `x`.
+
+        Raises:
+            ShapeError: `x` has other channels, or is smaller than the window.
+        """
         plain = x.is_contiguous()
         x = x.contiguous(memory_format=torch.channels_last)
-        images, _, rows, columns = x.shape
+        images, channels, rows, columns = x.shape
+        if channels != self.geometry.in_channels:
+            raise ShapeError(
+                f"A bottleneck of {self.geometry.in_channels} channels was given {channels}."
+            )
         key = (rows, columns, -(-2 * threads() // images))
-        if key not in self.programs:
+        program = self.programs.get(key)
+        if program is None:
             if len(self.programs) >= _PROGRAMS:
                 self.programs.clear()
-            self.programs[key] = _program(self.geometry, self.structure, *key)
-        made = _run(self.programs[key], weights, x)
+            program = self.programs[key] = _program(self.geometry, self.structure, *key)
+        made = _run(program, weights, x)
         return made.contiguous() if plain else made
 
 
@@ -134,92 +144,148 @@ def _run(program: Program, weights: Weights, x: Tensor) -> Tensor:
     return out
 
 
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """How a bottleneck's images lie in memory.
+
+    Attributes:
+        top: Rows of padding above.
+        left: Columns of padding on the left.
+        rows: Rows of an output.
+        columns: Columns of an output.
+        held_columns: Columns of what the middle reads, with the padding.
+        reach: Rows that one row of outputs reads.
+        stride: Rows from one output to the next.
+        width: Numbers of a pixel of what the middle reads.
+        waist: Numbers of a pixel between the products, in whole vectors.
+        pooled: Channels of the widest pooled run.
+        fill: Where what the middle reads comes from.
+    """
+
+    top: int
+    left: int
+    rows: int
+    columns: int
+    held_columns: int
+    reach: int
+    stride: int
+    width: int
+    waist: int
+    pooled: int
+    fill: int
+
+    def held_rows(self, block: int) -> int:
+        """Rows that `block` rows of outputs read."""
+        return (block - 1) * self.stride + self.reach
+
+    def scratch(self, block: int) -> tuple[int, int, int]:
+        """Numbers of scratch memory: what is held, the waist, the rows of a pool."""
+        rows = self.held_rows(block)
+        held = 0 if self.fill == _IN_PLACE else rows * self.held_columns * self.width
+        return (
+            held,
+            block * self.columns * self.waist,
+            self.pooled * self.held_columns * (rows + 3),
+        )
+
+
+def _sizes(geometry: Geometry, structure: Structure, rows: int, columns: int) -> _Sizes:
+    (top, bottom), (left, right) = geometry.pads((rows, columns))
+    reach = [(k - 1) * d + 1 for k, d in zip(geometry.kernel_size, geometry.dilation, strict=True)]
+    padded = rows + top + bottom, columns + left + right
+    if padded[0] < reach[0] or padded[1] < reach[1]:
+        raise ShapeError(
+            f"An input of {rows} x {columns} pixels is smaller than the window of {geometry}."
+        )
+    pooled = [len(run.channels) for run in structure.runs if run.kind != "tap"]
+    if structure.reduce:
+        fill = _REDUCTION
+    else:
+        fill = _COPY if pooled or padded != (rows, columns) else _IN_PLACE
+    inputs = _whole(structure.reduce) if structure.reduce else geometry.in_channels
+    return _Sizes(
+        top=top,
+        left=left,
+        rows=(padded[0] - reach[0]) // geometry.stride[0] + 1,
+        columns=(padded[1] - reach[1]) // geometry.stride[1] + 1,
+        held_columns=padded[1],
+        reach=reach[0],
+        stride=geometry.stride[0],
+        width=inputs + sum(pooled),
+        waist=_whole(structure.waist or 0),
+        pooled=max(pooled, default=0),
+        fill=fill,
+    )
+
+
 def _program(
     geometry: Geometry, structure: Structure, rows: int, columns: int, shares: int
 ) -> Program:
     """The program for images of `rows` x `columns`, each cut into `shares` blocks or more."""
-    (top, bottom), (left, right) = geometry.pads((rows, columns))
-    out_rows, out_columns = _outputs(geometry, (rows, columns))
-    (stride, across), inputs = geometry.stride, geometry.in_channels
-    pooled = [run for run in structure.runs if run.kind != "tap"]
-    wide = _whole(structure.reduce) if structure.reduce else inputs
-    wide += sum(len(run.channels) for run in pooled)
-    waist = _whole(structure.waist) if structure.waist else 0
-    if structure.reduce:
-        fill = _REDUCTION
-    else:
-        fill = _COPY if top or bottom or left or right or pooled else _IN_PLACE
-    held_columns = columns + left + right
-
-    def held_rows(block: int) -> int:
-        return (block - 1) * stride + (geometry.kernel_size[0] - 1) * geometry.dilation[0] + 1
-
-    def numbers(block: int) -> tuple[int, int, int]:
-        """Of the held rows, the waist, and the rows of a pool."""
-        held = 0 if fill == _IN_PLACE else held_rows(block) * held_columns * wide
-        most = max((len(run.channels) for run in pooled), default=0)
-        return (
-            held,
-            block * out_columns * waist,
-            most * held_columns * (held_rows(block) + 3),
-        )
-
-    block = -(-out_rows // shares)
-    while block > 1 and sum(numbers(block)) > _BLOCK:
+    sizes = _sizes(geometry, structure, rows, columns)
+    block = -(-sizes.rows // shares)
+    while block > 1 and sum(sizes.scratch(block)) > _BLOCK:
         block = -(-block // 2)
-    held, waist_numbers, pool_numbers = numbers(block)
-
-    def pixels(height: int, width: int, pitch: int, step: int, of: int) -> Tensor:
-        """Byte offsets of a grid of pixels of `of` numbers, `step` and `pitch` pixels apart."""
-        places = torch.arange(height)[:, None] * pitch + torch.arange(width) * step
-        return (places * of * _SIZE).flatten()
-
-    table, pools, lists = _columns(geometry, structure, held_columns, wide)
-    held_block, outputs = held_rows(block), geometry.out_channels
-    held_pixels = pixels(held_block, columns, held_columns, 1, wide) + left * wide * _SIZE
-    tables = (
-        pixels(1, held_block * columns, 0, 1, inputs),
-        held_pixels,
-        pixels(block, out_columns, stride * held_columns, across, wide),
-        pixels(1, block * out_columns, 0, 1, outputs),
-        pixels(1, block * out_columns, 0, 1, waist),
-        torch.arange(max(inputs, structure.waist or 0)) * _SIZE,
-        table,
-        pools,
-        lists,
-    )
-    scratch = held + waist_numbers + pool_numbers
-    blocks = -(-out_rows // block)
+    held, waist, pools = sizes.scratch(block)
+    tables = _tables(geometry, structure, sizes, block, columns)
+    count, runs = len(tables[6]), len(tables[7])
+    blocks, outputs = -(-sizes.rows // block), geometry.out_channels
     arguments = _Arguments(
-        *(0, 0, 0, 0, 0, 0, scratch * _SIZE),
+        *(0, 0, 0, 0, 0, 0, (held + waist + pools) * _SIZE),
         *(0, 0, 0, 0, 0),
-        *(t.data_ptr() for t in tables),
-        *(blocks, block, rows, columns, inputs, out_rows, out_columns, outputs),
-        *(stride, top, left, held_block, held_columns, wide, fill),
-        *(_whole(structure.reduce or 0), len(table), structure.waist or 0, waist),
-        *(held * _SIZE, len(pooled), (held + waist_numbers) * _SIZE),
+        *(table.data_ptr() for table in tables),
+        *(blocks, block, rows, columns, geometry.in_channels, sizes.rows, sizes.columns, outputs),
+        *(sizes.stride, sizes.top, sizes.left, sizes.held_rows(block)),
+        *(sizes.held_columns, sizes.width, sizes.fill),
+        *(_whole(structure.reduce or 0), count, structure.waist or 0, sizes.waist),
+        *(held * _SIZE, runs, (held + waist) * _SIZE),
     )
-    return Program(bytes(arguments), tables, (outputs, out_rows, out_columns), blocks, scratch)
+    output = (outputs, sizes.rows, sizes.columns)
+    return Program(bytes(arguments), tables, output, blocks, held + waist + pools)
+
+
+def _tables(
+    geometry: Geometry, structure: Structure, sizes: _Sizes, block: int, columns: int
+) -> tuple[Tensor, ...]:
+    """The tables in the order of the kernel's arguments; offsets are in bytes."""
+    inputs, width, rows = geometry.in_channels, sizes.width, sizes.held_rows(block)
+    down, across = geometry.stride
+    made = block * sizes.columns
+    return (
+        _pixels(1, rows * columns, 0, 1, inputs),
+        _pixels(rows, columns, sizes.held_columns, 1, width) + sizes.left * width * _SIZE,
+        _pixels(block, sizes.columns, down * sizes.held_columns, across, width),
+        _pixels(1, made, 0, 1, geometry.out_channels),
+        _pixels(1, made, 0, 1, sizes.waist),
+        torch.arange(max(inputs, structure.waist or 0)) * _SIZE,
+        *_columns(geometry, structure, sizes.held_columns, width),
+    )
+
+
+def _pixels(height: int, width: int, pitch: int, step: int, numbers: int) -> Tensor:
+    """Offsets of a grid of pixels of `numbers` numbers, `pitch` and `step` pixels apart."""
+    places = torch.arange(height)[:, None] * pitch + torch.arange(width) * step
+    return (places * numbers * _SIZE).flatten()
 
 
 def _columns(
-    geometry: Geometry, structure: Structure, held_columns: int, wide: int
+    geometry: Geometry, structure: Structure, held_columns: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Byte offset of every column from its position; the pooled runs, and their channels."""
-    (height, width), (down, across) = geometry.kernel_size, geometry.dilation
+    (height, breadth), (down, across) = geometry.kernel_size, geometry.dilation
 
     def tap(row: int, column: int, channels: Sequence[int]) -> list[int]:
-        pixel = (row * down * held_columns + column * across) * wide
+        pixel = (row * down * held_columns + column * across) * width
         return [(pixel + channel) * _SIZE for channel in channels]
 
     if structure.dense:
         read = range(structure.reduce or geometry.in_channels)
-        taps = [(i, j) for i in range(height) for j in range(width)]
+        taps = [(i, j) for i in range(height) for j in range(breadth)]
         return torch.tensor([o for i, j in taps for o in tap(i, j, read)]), _NONE, _NONE
     table: list[int] = []
     pools: list[list[int]] = []
     lists: list[int] = []
-    place = wide - sum(len(run.channels) for run in structure.runs if run.kind != "tap")
+    place = width - sum(len(run.channels) for run in structure.runs if run.kind != "tap")
     for run_ in structure.runs:
         if run_.kind == "tap":
             table += tap(run_.top, run_.left, run_.channels)
@@ -239,21 +305,6 @@ def _pool(run_: Run, geometry: Geometry, listed: int, place: int) -> list[int]:
 
 
 _NONE = torch.zeros(0, dtype=torch.int64)
-
-
-def _outputs(geometry: Geometry, size: Pair) -> Pair:
-    rows, columns = (
-        (length + sum(pads) - dilation * (kernel - 1) - 1) // stride + 1
-        for length, pads, kernel, stride, dilation in zip(
-            size,
-            geometry.pads(size),
-            geometry.kernel_size,
-            geometry.stride,
-            geometry.dilation,
-            strict=True,
-        )
-    )
-    return rows, columns
 
 
 def _whole(numbers: int) -> int:
