@@ -49,6 +49,11 @@ def draw(content: dict[str, Any], stem: Path) -> None:
     if timed:
         path = stem.with_name(f"{stem.name}_latency.png")
         _latency_figure(content, table, timed, path)
+    for row in (row for row in rows if row["stage"] == "asked"):
+        print(
+            f"batch {row['batch']}: {row['share']} % of the time asked, {row['ratio']:.1%} "
+            f"measured, {row['top1']:.2f} % at {row['mmacs']:.1f} MMACs"
+        )
     swept = [r for r in rows if r["stage"] == "fit" and r["images"] != _NUMBER]
     if swept:
         _images_figure(content, swept, stem.with_name(f"{stem.name}_images.png"))
@@ -104,12 +109,21 @@ def _latency_figure(
                 and (method, row["budget_mmacs"], 0) in table
             ]
             _line(axes, method, points)
+        asked = [
+            (row["ratio"], row["top1"])
+            for row in content["rows"]
+            if (row["stage"], row.get("batch")) == ("asked", batch)
+        ]
+        if asked:
+            ratios, top1 = zip(*sorted(asked), strict=True)
+            label = "budget(latency=...)"
+            axes.plot(ratios, top1, color="#d1495b", marker="*", markersize=9, label=label)
         axes.axvline(1, color="gray", linestyle=":", linewidth=1)
         axes.set_title(f"batch {batch}, no gradient step", loc="left", fontsize=10)
         axes.set_xlabel("latency / the original's")
         _original(axes, content)
     panels[0].set_ylabel("CIFAR-10 top-1 (%)")
-    panels[0].legend(frameon=False, fontsize=8)
+    panels[-1].legend(frameon=False, fontsize=8)
     figure.suptitle(_title(content), x=0.01, ha="left")
     figure.savefig(path, dpi=160)
 

@@ -153,6 +153,21 @@ def test_the_eager_kernel_sees_changed_weights(bottleneck):
         torch.testing.assert_close(mine(x), 2 * before)
 
 
+def test_memory_is_taken_again_when_nobody_holds_it(bottleneck):
+    x = torch.randn(8, 32, 32, 32).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        first = bottleneck(x)
+        copy_of_first, at = first.clone(), first.data_ptr()
+        view = first[0]
+        del first
+        second = bottleneck(x + 1)
+        assert second.data_ptr() != at
+        assert torch.equal(view, copy_of_first[0])
+        del view
+        again = {bottleneck(x).data_ptr() for _ in range(3)}
+    assert len(again | {at}) <= 2
+
+
 def test_gradients_flow_where_they_are_wanted(bottleneck):
     x = torch.randn(2, 32, 12, 12, requires_grad=True)
     bottleneck(x).sum().backward()

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from pfsurgery.errors import ShapeError
 from pfsurgery.kernels.cpu import compiled
+from pfsurgery.kernels.memory import output
 from pfsurgery.kernels.threads import run, threads
 from pfsurgery.sites import Geometry
 from pfsurgery.structure import Run, Structure
@@ -76,14 +77,14 @@ class Program:
     Attributes:
         arguments: The kernel's arguments; those that change from call to call are 0.
         tables: Tensors whose addresses are among the arguments.
-        output: Channels, rows and columns of an output.
+        shape: Channels, rows and columns of an output.
         blocks: Blocks of an image.
         scratch: Numbers of scratch memory for one thread.
     """
 
     arguments: bytes
     tables: tuple[Tensor, ...]
-    output: tuple[int, int, int]
+    shape: tuple[int, int, int]
     blocks: int
     scratch: int
 
@@ -126,8 +127,8 @@ class Fused:
 
 
 def _run(program: Program, weights: Weights, x: Tensor) -> Tensor:
-    images, like = x.shape[0], torch.channels_last
-    out = torch.empty((images, *program.output), dtype=x.dtype, memory_format=like)
+    images = x.shape[0]
+    out = output(images, *program.shape)
     units = images * program.blocks
     wanted = min(threads(), units)
     scratch = torch.empty(wanted * program.scratch, dtype=x.dtype)
@@ -240,8 +241,8 @@ def _program(
         *(_whole(structure.reduce or 0), count, structure.waist or 0, sizes.waist),
         *(held * _SIZE, runs, (held + waist) * _SIZE),
     )
-    output = (outputs, sizes.rows, sizes.columns)
-    return Program(bytes(arguments), tables, output, blocks, held + waist + pools)
+    shape = (outputs, sizes.rows, sizes.columns)
+    return Program(bytes(arguments), tables, shape, blocks, held + waist + pools)
 
 
 def _tables(
