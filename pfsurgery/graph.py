@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -61,6 +63,15 @@ class GraphView:
     foreign_reads: dict[str, str] = field(default_factory=dict)
     output: Any = None
     by_value: bool = False
+
+    def calls(self, path: str) -> int:
+        """How often the module at `path` is called, by any of its paths."""
+        return self._calls.get(id(self.modules[path]), 0)
+
+    @cached_property
+    def _calls(self) -> Counter[int]:
+        nodes = (node for node in self.graph.nodes if node.op == "call_module")
+        return Counter(id(self.modules[str(node.target)]) for node in nodes)
 
 
 def view(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pfsurgery.example import Example, example_inputs
+from pfsurgery.fuse import speed_up_pointwise, take_in_activations
 from pfsurgery.graph import GraphView, view
 from pfsurgery.measure.latency import MemoryFormat, first_tensor, in_format, latency
 from pfsurgery.modules import get_module, set_module
@@ -54,12 +54,16 @@ def optimize(
     forget(folded)
     for node, norm in _norms(seen, folded):
         _fold(node, norm, seen, folded)
+    take_in_activations(seen, folded)
     for module in folded.modules():
         if isinstance(module, Bottleneck):
             module.freeze()
     if memory_format == "fastest":
         memory_format = _fastest(folded, args)
-    return in_format(folded, (), memory_format)[0]
+    made = in_format(folded, (), memory_format)[0]
+    if memory_format == "channels_last":
+        speed_up_pointwise(seen, made)
+    return made
 
 
 def _fastest(model: nn.Module, args: tuple[Any, ...]) -> MemoryFormat:
@@ -73,20 +77,12 @@ def _fastest(model: nn.Module, args: tuple[Any, ...]) -> MemoryFormat:
 
 def _norms(seen: GraphView, model: nn.Module) -> Iterator[tuple[fx.Node, nn.BatchNorm2d]]:
     """Batch norms with statistics of their own that are called once."""
-    calls = _calls(seen)
     for node in seen.graph.nodes:
-        if node.op != "call_module" or calls[str(node.target)] != 1:
+        if node.op != "call_module" or seen.calls(str(node.target)) != 1:
             continue
         norm = get_module(model, str(node.target))
         if isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None and _is_bare(norm):
             yield node, norm
-
-
-def _calls(seen: GraphView) -> Counter[str]:
-    """How often each module object is called, by each of its paths."""
-    nodes = [node for node in seen.graph.nodes if node.op == "call_module"]
-    by_object = Counter(id(seen.modules[str(node.target)]) for node in nodes)
-    return Counter({path: by_object[id(module)] for path, module in seen.modules.items()})
 
 
 def _fold(node: fx.Node, norm: nn.BatchNorm2d, seen: GraphView, model: nn.Module) -> None:
@@ -144,7 +140,7 @@ def _takes_a_norm(path: str, module: nn.Module, seen: GraphView) -> bool:
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
     return (
         kind in _PLAIN
-        and _calls(seen)[path] == 1
+        and seen.calls(path) == 1
         and path not in seen.foreign_reads
         and _is_bare(module)
         and not hasattr(module, "parametrizations")

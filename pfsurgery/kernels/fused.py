@@ -24,9 +24,9 @@ _PROGRAMS = 8  # image sizes that a bottleneck remembers
 _SIZE = 4  # bytes of a number
 # Arguments of `loops_bottleneck` that change from call to call; the others are in `_program`.
 _UNITS, _SOURCE, _TARGET, _SCRATCH = 1, 3, 4, 5
-_REDUCE, _MIDDLE, _EXPAND, _BIAS, _ZEROS = range(7, 12)
+_REDUCE, _MIDDLE, _EXPAND, _BIAS, _ZEROS, _RELU = range(7, 13)
 _IN_PLACE, _COPY, _REDUCTION = range(3)
-_Arguments = ctypes.c_int64 * 43
+_Arguments = ctypes.c_int64 * 44
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +103,13 @@ class Fused:
         """The bottleneck alone."""
         return Fused, (self.geometry, self.structure)
 
-    def __call__(self, x: Tensor, weights: Weights) -> Tensor:
+    def __call__(self, x: Tensor, weights: Weights, *, relu: bool = False) -> Tensor:
         """The bottleneck's output (N, C', H', W') of (N, C, H, W), in the layout of `x`.
+
+        Args:
+            x: The input, float32 on the CPU.
+            weights: Packed by `pack_weights`.
+            relu: Raise negative outputs to 0.
 
         Raises:
             ShapeError: `x` has other channels, or is smaller than the window.
@@ -122,11 +127,11 @@ class Fused:
             if len(self.programs) >= _PROGRAMS:
                 self.programs.clear()
             program = self.programs[key] = _program(self.geometry, self.structure, *key)
-        made = _run(program, weights, x)
+        made = _run(program, weights, x, relu)
         return made.contiguous() if plain else made
 
 
-def _run(program: Program, weights: Weights, x: Tensor) -> Tensor:
+def _run(program: Program, weights: Weights, x: Tensor, relu: bool) -> Tensor:
     images = x.shape[0]
     out = output(images, *program.shape)
     units = images * program.blocks
@@ -141,6 +146,7 @@ def _run(program: Program, weights: Weights, x: Tensor) -> Tensor:
         arguments[_REDUCE] = weights.reduce.data_ptr()
     arguments[_MIDDLE], arguments[_EXPAND] = weights.middle.data_ptr(), last.data_ptr()
     arguments[_BIAS], arguments[_ZEROS] = weights.bias.data_ptr(), weights.zeros.data_ptr()
+    arguments[_RELU] = relu
     run(compiled("loops_bottleneck", "bottleneck_float32"), ctypes.addressof(arguments), wanted)
     return out
 
@@ -233,7 +239,7 @@ def _program(
     blocks, outputs = -(-sizes.rows // block), geometry.out_channels
     arguments = _Arguments(
         *(0, 0, 0, 0, 0, 0, (held + waist + pools) * _SIZE),
-        *(0, 0, 0, 0, 0),
+        *(0, 0, 0, 0, 0, 0),
         *(table.data_ptr() for table in tables),
         *(blocks, block, rows, columns, geometry.in_channels, sizes.rows, sizes.columns, outputs),
         *(sizes.stride, sizes.top, sizes.left, sizes.held_rows(block)),

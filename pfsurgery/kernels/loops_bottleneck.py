@@ -14,15 +14,15 @@ from pfsurgery.kernels.loops_product import product
 
 # Places in the block of 64-bit integers that the entry point reads its arguments from.
 COUNTER, UNITS, THREAD, SOURCE, TARGET, SCRATCH, SCRATCH_SIZE = range(7)
-REDUCE, WEIGHTS, EXPAND, BIAS, ZEROS = range(7, 12)
-PIXELS, HELD_PIXELS, POSITIONS, TARGET_PIXELS, WAIST_PIXELS = range(12, 17)
-RAMP, TABLE, POOLS, LISTS = range(17, 21)
-BLOCKS, BLOCK_ROWS, ROWS, COLUMNS, CHANNELS = range(21, 26)
-TARGET_ROWS, TARGET_COLUMNS, OUTPUTS = range(26, 29)
-STRIDE, TOP, LEFT, HELD_ROWS, HELD_COLUMNS, WIDTH, FILL = range(29, 36)
-REDUCED, COUNT, WAIST, WAIST_WIDTH = range(36, 40)
-WAIST_SCRATCH, POOL_COUNT, POOL_SCRATCH = range(40, 43)
-ARGUMENTS = 43
+REDUCE, WEIGHTS, EXPAND, BIAS, ZEROS, RELU = range(7, 13)
+PIXELS, HELD_PIXELS, POSITIONS, TARGET_PIXELS, WAIST_PIXELS = range(13, 18)
+RAMP, TABLE, POOLS, LISTS = range(18, 22)
+BLOCKS, BLOCK_ROWS, ROWS, COLUMNS, CHANNELS = range(22, 27)
+TARGET_ROWS, TARGET_COLUMNS, OUTPUTS = range(27, 30)
+STRIDE, TOP, LEFT, HELD_ROWS, HELD_COLUMNS, WIDTH, FILL = range(30, 37)
+REDUCED, COUNT, WAIST, WAIST_WIDTH = range(37, 41)
+WAIST_SCRATCH, POOL_COUNT, POOL_SCRATCH = range(41, 44)
+ARGUMENTS = 44
 IN_PLACE, COPY, REDUCTION = range(3)
 # Places in the row of integers that describes a pooled run of columns.
 MAXIMUM, FIRST_ROW, FIRST_COLUMN, POOL_HEIGHT, POOL_WIDTH = range(5)
@@ -55,7 +55,7 @@ def fill(p, source, held, first):
         # fmt: off
         product(
             source, p[PIXELS], held, places, pixels,
-            p[RAMP], p[CHANNELS], p[REDUCE], p[ZEROS], p[REDUCED],
+            p[RAMP], p[CHANNELS], p[REDUCE], p[ZEROS], p[REDUCED], _NONE,
         )
         # fmt: on
         return
@@ -167,22 +167,23 @@ def block(p, source, target, first_output, scratch):
         q = line(p[POOLS] + number * POOL * 8, POOL, np.int64)
         pool(p, q, source, held, first, scratch + p[POOL_SCRATCH])
     positions = p[BLOCK_ROWS] * p[TARGET_COLUMNS]
+    low = np.float32(0) if p[RELU] else _NONE
     made = target + first_output * p[TARGET_COLUMNS] * p[OUTPUTS] * 4
     # fmt: off
     if p[WAIST]:
         waist = scratch + p[WAIST_SCRATCH]
         product(
             held, p[POSITIONS], waist, p[WAIST_PIXELS], positions,
-            p[TABLE], p[COUNT], p[WEIGHTS], p[ZEROS], p[WAIST_WIDTH],
+            p[TABLE], p[COUNT], p[WEIGHTS], p[ZEROS], p[WAIST_WIDTH], _NONE,
         )
         product(
             waist, p[WAIST_PIXELS], made, p[TARGET_PIXELS], positions,
-            p[RAMP], p[WAIST], p[EXPAND], p[BIAS], p[OUTPUTS],
+            p[RAMP], p[WAIST], p[EXPAND], p[BIAS], p[OUTPUTS], low,
         )
     else:
         product(
             held, p[POSITIONS], made, p[TARGET_PIXELS], positions,
-            p[TABLE], p[COUNT], p[EXPAND], p[BIAS], p[OUTPUTS],
+            p[TABLE], p[COUNT], p[EXPAND], p[BIAS], p[OUTPUTS], low,
         )
     # fmt: on
 

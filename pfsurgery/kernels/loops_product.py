@@ -48,10 +48,11 @@ def _tile(vectors: int) -> Any:
         weights: Any,
         bias: Any,
         outputs: Any,
+        low: Any,
     ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             source, positions, target, places, used = args[:5]
-            table, count, weights, bias, outputs = args[5:]
+            table, count, weights, bias, outputs, low = args[5:]
             last = builder.sub(used, ir.Constant(INTEGER, 1))
 
             def row(number: int, base: Any, offsets: Any) -> Any:
@@ -82,15 +83,18 @@ def _tile(vectors: int) -> Any:
                         builder.store(after, sums[i][j])
             full = ir.Constant(INTEGER, (vectors - 1) * LANES)
             mask = first_lanes(builder, builder.sub(outputs, full))
+            least = splat(builder, low)
             for i in range(ROWS):
                 made = row(i, target, places)
                 for j in range(vectors):
                     value = builder.load(sums[i][j])
+                    below = builder.fcmp_ordered("<", value, least)
+                    value = builder.select(below, least, value)
                     limit = mask if j == vectors - 1 else None
                     store(builder, value, made, j * LANES * SIZE, limit)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 10), generate
+        return types.void(*[types.int64] * 10, types.float32), generate
 
     return tile
 
@@ -99,7 +103,7 @@ _tile1, _tile2, _tile3, _tile4 = (_tile(vectors) for vectors in (1, 2, 3, 4))
 
 
 @njit
-def product(source, positions, target, places, rows, table, count, weights, bias, outputs):
+def product(source, positions, target, places, rows, table, count, weights, bias, outputs, low):
     """The product at `rows` positions; everything but the counts is an address.
 
     Args:
@@ -113,6 +117,7 @@ def product(source, positions, target, places, rows, table, count, weights, bias
         weights: As `fused.pack_weights` packs them.
         bias: Of whole vectors.
         outputs: Numbers to write at each position.
+        low: Smaller results are raised to this, as a ReLU does with 0.
     """
     done = 0
     while done < outputs:
@@ -122,13 +127,13 @@ def product(source, positions, target, places, rows, table, count, weights, bias
         while at < rows:
             s, t, used = positions + 8 * at, places + 8 * at, rows - at
             if vectors == 4:
-                _tile4(source, s, target, t, used, table, count, weights, bias, left)
+                _tile4(source, s, target, t, used, table, count, weights, bias, left, low)
             elif vectors == 3:
-                _tile3(source, s, target, t, used, table, count, weights, bias, left)
+                _tile3(source, s, target, t, used, table, count, weights, bias, left, low)
             elif vectors == 2:
-                _tile2(source, s, target, t, used, table, count, weights, bias, left)
+                _tile2(source, s, target, t, used, table, count, weights, bias, left, low)
             else:
-                _tile1(source, s, target, t, used, table, count, weights, bias, left)
+                _tile1(source, s, target, t, used, table, count, weights, bias, left, low)
             at += ROWS
         size = vectors * LANES
         weights += SIZE * size * count

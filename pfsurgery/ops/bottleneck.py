@@ -120,6 +120,7 @@ class Bottleneck(nn.Module):
                 self.waist = nn.Conv2d(structure.columns, structure.waist, 1, bias=False)
         last = structure.waist or structure.columns
         self.expand = nn.Conv2d(last, outputs, 1)
+        self.relu = False
         self._kernel = Fused(geometry, structure)
         self._frozen: Weights | None = None
 
@@ -128,9 +129,9 @@ class Bottleneck(nn.Module):
         self._frozen = self._packed()
 
     def forward(self, x: Tensor) -> Tensor:
-        """The bottleneck's output."""
+        """The bottleneck's output; with `relu`, negative numbers are raised to 0."""
         if self._is_fused(x):
-            return self._kernel(x, self._frozen or self._packed())
+            return self._kernel(x, self._frozen or self._packed(), relu=self.relu)
         if self.reduce is not None:
             x = self.reduce(x)
         if self.columns is not None:
@@ -138,7 +139,7 @@ class Bottleneck(nn.Module):
         if self.waist is not None:
             x = self.waist(x)
         expanded: Tensor = self.expand(x)
-        return expanded
+        return F.relu(expanded) if self.relu else expanded
 
     def _is_fused(self, x: Tensor) -> bool:
         tracked = torch.is_grad_enabled() and (x.requires_grad or self.expand.weight.requires_grad)

@@ -1,0 +1,94 @@
+"""What `optimize` lets the fused kernel do beside the fitted sites."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import fx, nn
+
+from pfsurgery.graph import GraphView
+from pfsurgery.measure.latency import latency
+from pfsurgery.modules import get_module, set_module
+from pfsurgery.ops.bottleneck import Bottleneck
+from pfsurgery.sites import Geometry, geometry_of
+from pfsurgery.structure import Run, Structure
+
+_GAIN = 0.95  # of a convolution's time; a kernel that saves less is not worth having
+
+
+def take_in_activations(seen: GraphView, model: nn.Module) -> None:
+    """Move each ReLU that alone reads a bottleneck into it."""
+    for node in seen.graph.nodes:
+        if node.op != "call_module" or not str(node.target).endswith(".expand"):
+            continue
+        bottleneck = get_module(model, str(node.target).removesuffix(".expand"))
+        relu = _relu_after(node, seen, model)
+        if isinstance(bottleneck, Bottleneck) and relu is not None:
+            bottleneck.relu = True
+            set_module(model, relu, nn.Identity())
+
+
+def _relu_after(node: fx.Node, seen: GraphView, model: nn.Module) -> str | None:
+    """The ReLU that reads what `node` makes, with nothing between; both are called once."""
+    if seen.calls(str(node.target)) != 1:
+        return None
+    while len(node.users) == 1:
+        (node,) = node.users
+        if node.op != "call_module" or len(node.args) != 1:
+            return None
+        path = str(node.target)
+        module = get_module(model, path)
+        if type(module) is nn.ReLU and seen.calls(path) == 1 and not _is_watched(module):
+            return path
+        if not isinstance(module, nn.Identity) or _is_watched(module):
+            return None
+    return None
+
+
+def speed_up_pointwise(seen: GraphView, model: nn.Module) -> None:
+    """Let the kernel compute the pointwise convolutions that it computes faster, as timed now."""
+    faster: dict[tuple[Geometry, tuple[int, ...]], bool] = {}
+    for path, shape in _pointwise(seen, model):
+        conv = get_module(model, path)
+        assert isinstance(conv, nn.Conv2d)
+        made = _as_bottleneck(conv)
+        key = (geometry_of(conv), shape)
+        if key not in faster:
+            x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+            taken = latency({"before": conv, "after": made}, x, repeats=9, warmup=2)
+            before, after = (taken[name].median_ms for name in ("before", "after"))
+            faster[key] = after < _GAIN * before
+        if faster[key]:
+            set_module(model, path, made)
+
+
+def _pointwise(seen: GraphView, model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Paths and input shapes of float32 pointwise convolutions on the CPU that are called once."""
+    for node in seen.graph.nodes:
+        if node.op != "call_module" or seen.calls(path := str(node.target)) != 1:
+            continue
+        conv = get_module(model, path)
+        if type(conv) is not nn.Conv2d or conv.kernel_size != (1, 1) or conv.groups != 1:
+            continue
+        plain = conv.padding == (0, 0) and not _is_watched(conv)
+        inside = isinstance(get_module(model, path.rpartition(".")[0]), Bottleneck)
+        fits = conv.weight.dtype == torch.float32 and conv.weight.device.type == "cpu"
+        if plain and fits and not inside and path not in seen.foreign_reads:
+            yield path, tuple(node.meta["in_shape"])
+
+
+def _as_bottleneck(conv: nn.Conv2d) -> Bottleneck:
+    """A pointwise convolution as a bottleneck whose columns are the channels as they are."""
+    run = Run("tap", 0, 0, 1, 1, tuple(range(conv.in_channels)))
+    made = Bottleneck(geometry_of(conv), Structure("columns", None, (run,), None, 0.0)).eval()
+    with torch.no_grad():
+        made.expand.weight = conv.weight
+        bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
+        made.expand.bias = nn.Parameter(bias.detach())
+    made.to(memory_format=torch.channels_last).freeze()
+    return made
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
