@@ -41,7 +41,7 @@ RESULTS = Path(__file__).parent / "results"
 BUDGETS = {
     "basic": (25.5, 17.5, 9.6, 5.5),
     "bottleneck": (32.0, 30.0, 28.0, 18.5, 13.5),
-    "depthwise": (25.0, 20.0, 14.0, 7.0),
+    "depthwise": (5.5, 4.5, 3.5, 2.5),
 }
 IMAGES = (128, 500, 2000, 5000)
 SWEPT = ("budget", "data-aware Tucker-2", "Torch-Pruning, our refit")

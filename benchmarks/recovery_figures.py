@@ -38,7 +38,7 @@ def draw(content: dict[str, Any], stem: Path) -> None:
     table = {
         (method, budget, count): found
         for method in STYLES
-        for budget in {row["budget_mmacs"] for row in rows}
+        for budget in {row["budget_mmacs"] for row in rows if "budget_mmacs" in row}
         for count in steps
         if (found := best(rows, method, budget, count)) is not None
     }

@@ -95,6 +95,29 @@ def test_a_fused_bottleneck_is_the_stock_operators(case, seed):
     torch.testing.assert_close(made, wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
+@FAST
+@given(cases())
+def test_training_has_the_stock_operators_gradients(case):
+    geometry, structure, x = case
+    reach = [(k - 1) * d + 1 for k, d in zip(geometry.kernel_size, geometry.dilation, strict=True)]
+    padded = [n + sum(p) for n, p in zip(x.shape[2:], geometry.pads(x.shape[2:]), strict=True)]
+    assume(len(x) and all(n >= r for n, r in zip(padded, reach, strict=True)))
+    bottleneck = Bottleneck(geometry, structure).double()
+    x = x[:4].double().requires_grad_()
+
+    def gradients():
+        made = bottleneck(x)
+        weights = torch.randn(made.shape, generator=torch.Generator().manual_seed(0))
+        loss = (made * weights.double()).sum()
+        return made, torch.autograd.grad(loss, [x, *bottleneck.parameters()])
+
+    made, found = gradients()
+    with disabled():
+        wanted, expected = gradients()
+    torch.testing.assert_close(made, wanted)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.fixture(scope="module")
 def bottleneck() -> Bottleneck:
     torch.manual_seed(0)

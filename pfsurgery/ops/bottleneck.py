@@ -68,6 +68,37 @@ class Columns(nn.Module):
             joined = joined.index_select(1, self.order)
         return in_layout_of(x, joined)
 
+    def times(self, x: Tensor, product: Tensor) -> Tensor:
+        """The columns of (N, C, H, W) times a product (outputs, B): (N, outputs, H', W').
+
+        All taps together are one convolution whose kernel is mostly zeros. It has more
+        multiply-adds than gathering the columns, but one backward pass that libraries do well.
+        """
+        height, width = self.window.kernel_size
+        taps, places, first = [], [], 0
+        pools: list[Tensor] = []
+        pooled: list[Tensor] = []
+        for place, run in enumerate(self.runs):
+            part = product[:, first : first + len(run.channels)]
+            first += len(run.channels)
+            if run.kind == "tap":
+                at = run.top * width + run.left
+                taps.append(part)
+                places += [channel * height * width + at for channel in run.channels]
+            else:
+                pools.append(part)
+                pooled.append(self._pooled(self._channels(x, place), run))
+        kernel = product.new_zeros(len(product), x.shape[1] * height * width)
+        if taps:
+            index = torch.tensor(places, device=x.device)
+            kernel = kernel.index_add(1, index, torch.cat(taps, dim=1))
+        kernel = kernel.view(len(product), x.shape[1], height, width)
+        stride, dilation = self.window.stride, self.window.dilation
+        made = F.conv2d(self.window.pad(x), kernel, stride=stride, dilation=dilation)
+        if pooled:
+            made = made + F.conv2d(torch.cat(pooled, 1), torch.cat(pools, 1)[:, :, None, None])
+        return made
+
     def _channels(self, x: Tensor, place: int) -> Tensor:
         index = getattr(self, f"channels_{place}", None)
         if index is not None:
@@ -134,16 +165,26 @@ class Bottleneck(nn.Module):
             return self._kernel(x, self._frozen or self._packed(), relu=self.relu)
         if self.reduce is not None:
             x = self.reduce(x)
-        if self.columns is not None:
-            x = self.columns(x)
-        if self.waist is not None:
-            x = self.waist(x)
-        expanded: Tensor = self.expand(x)
+        expanded: Tensor = self.expand(self._middle(x)) if self.waist else self._middle(x)
         return F.relu(expanded) if self.relu else expanded
 
+    def _middle(self, x: Tensor) -> Tensor:
+        """The columns and the first product behind them, or the thin convolution."""
+        product = self.expand if self.waist is None else self.waist
+        if self.columns is None:
+            made: Tensor = product(x)
+            return made
+        if self.form == "bottleneck" or not self._is_tracked(x) or choice.why_stock(x) is not None:
+            made = product(self.columns(x))
+            return made
+        made = self.columns.times(x, product.weight[:, :, 0, 0])
+        return made if product.bias is None else made + product.bias[:, None, None]
+
+    def _is_tracked(self, x: Tensor) -> bool:
+        return torch.is_grad_enabled() and (x.requires_grad or self.expand.weight.requires_grad)
+
     def _is_fused(self, x: Tensor) -> bool:
-        tracked = torch.is_grad_enabled() and (x.requires_grad or self.expand.weight.requires_grad)
-        return not tracked and choice.why_unfused(x) is None
+        return not self._is_tracked(x) and choice.why_unfused(x) is None
 
     def _packed(self) -> Weights:
         """The weights as matrices (inputs, outputs), in the order of the columns."""
