@@ -1,4 +1,4 @@
-"""Look up and set submodules by their dotted path."""
+"""Look up and set submodules by their dotted path, and ask what they are."""
 
 from __future__ import annotations
 
@@ -31,3 +31,13 @@ def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
     get_module(model, path)
     parent_path, _, name = path.rpartition(".")
     get_module(model, parent_path)._modules[name] = module
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a forward hook watches `module`."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def is_pointwise(conv: nn.Conv2d) -> bool:
+    """Whether a convolution mixes the channels of single pixels, all with all."""
+    return conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1

@@ -14,7 +14,7 @@ from pfsurgery.example import Example, example_inputs
 from pfsurgery.fuse import speed_up_pointwise, take_in_activations
 from pfsurgery.graph import GraphView, view
 from pfsurgery.measure.latency import MemoryFormat, first_tensor, in_format, latency
-from pfsurgery.modules import get_module, set_module
+from pfsurgery.modules import get_module, is_pointwise, is_watched, set_module
 from pfsurgery.ops.blur import Blur
 from pfsurgery.ops.bottleneck import Bottleneck
 from pfsurgery.ops.pool import AvgPool, MaxPool
@@ -34,8 +34,11 @@ def optimize(
 
     Batch norm is folded into the convolution in front of it, also through a pool or a blur between
     them where that is exact, or else into a pointwise convolution right behind. Weights so small
-    that they are denormal become 0: processors take a slow path for them. The copy carries no
-    record: save the model that it was made from.
+    that they are denormal become 0: processors take a slow path for them. Fitted bottlenecks keep
+    their weights packed for the fused kernel and take in the ReLU behind them; in channels_last
+    that kernel also runs the pointwise convolutions that it is seen to run faster. Later changes
+    of the weights are not noticed, names in the state dict differ, and the copy carries no record:
+    save the model that it was made from.
 
     Args:
         model: The model; it is left as it was.
@@ -81,7 +84,11 @@ def _norms(seen: GraphView, model: nn.Module) -> Iterator[tuple[fx.Node, nn.Batc
         if node.op != "call_module" or seen.calls(str(node.target)) != 1:
             continue
         norm = get_module(model, str(node.target))
-        if isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None and _is_bare(norm):
+        if (
+            isinstance(norm, nn.BatchNorm2d)
+            and norm.running_var is not None
+            and not is_watched(norm)
+        ):
             yield node, norm
 
 
@@ -115,7 +122,7 @@ def _convolution_before(
         if _takes_a_norm(path, module, seen):
             assert isinstance(module, nn.Conv2d)
             return path if module.out_channels == norm.num_features else None
-        if not _commutes(module, norm) or not _is_bare(module):
+        if not _commutes(module, norm) or is_watched(module):
             return None
     return None
 
@@ -131,8 +138,7 @@ def _pointwise_after(node: fx.Node, seen: GraphView, model: nn.Module) -> str | 
     conv = get_module(model, path)
     if not _takes_a_norm(path, conv, seen) or not isinstance(conv, nn.Conv2d):
         return None
-    bare = conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
-    return path if bare else None
+    return path if is_pointwise(conv) else None
 
 
 def _takes_a_norm(path: str, module: nn.Module, seen: GraphView) -> bool:
@@ -142,7 +148,7 @@ def _takes_a_norm(path: str, module: nn.Module, seen: GraphView) -> bool:
         kind in _PLAIN
         and seen.calls(path) == 1
         and path not in seen.foreign_reads
-        and _is_bare(module)
+        and not is_watched(module)
         and not hasattr(module, "parametrizations")
     )
 
@@ -175,8 +181,3 @@ def _activation(norm: nn.BatchNorm2d) -> nn.Module | None:
     """What timm's norms with an activation do behind the norm."""
     act = getattr(norm, "act", None)
     return act if isinstance(act, nn.Module) and not isinstance(act, nn.Identity) else None
-
-
-def _is_bare(module: nn.Module) -> bool:
-    """Whether no hook watches `module`."""
-    return not (module._forward_hooks or module._forward_pre_hooks)

@@ -16,7 +16,6 @@ from torch import Tensor
 
 _LEAST = 1 << 18  # bytes; the C library keeps smaller blocks itself
 _MOST = 1 << 28  # bytes that are kept for later outputs
-_UNUSED = 3  # references to a block that no tensor holds: the list's, the loop's, the question's
 _blocks: list[NDArray[np.float32]] = []
 _lock = Lock()
 
@@ -37,21 +36,31 @@ def output(images: int, channels: int, rows: int, columns: int) -> Tensor:
 
 
 def _block(numbers: int) -> NDArray[np.float32]:
-    for block in _blocks:
-        if numbers <= block.size <= 2 * numbers and sys.getrefcount(block) == _UNUSED:
-            return block
+    for place in _unused():
+        if numbers <= _blocks[place].size <= 2 * numbers:
+            return _blocks[place]
     made = np.empty(numbers, np.float32)
-    room = _MOST - made.nbytes
-    for block in list(_blocks):
-        if sum(b.nbytes for b in _blocks) <= room:
+    for place in reversed(_unused()):
+        if _fits(made):
             break
-        if sys.getrefcount(block) == _UNUSED + 1:  # the copy of the list
-            _forget(block)
-    if sum(b.nbytes for b in _blocks) <= room:
+        del _blocks[place]
+    if _fits(made):
         _blocks.append(made)
     return made
 
 
-def _forget(block: NDArray[np.float32]) -> None:
-    place = next(i for i, other in enumerate(_blocks) if other is block)
-    del _blocks[place]
+def _fits(made: NDArray[np.float32]) -> bool:
+    return sum(block.nbytes for block in _blocks) + made.nbytes <= _MOST
+
+
+def _unused() -> list[int]:
+    """Places of the blocks that have no more references than one that is in a list alone."""
+    return [place for place, count in enumerate(_references(_blocks)) if count == _ALONE]
+
+
+def _references(blocks: list[NDArray[np.float32]]) -> list[int]:
+    return [sys.getrefcount(block) for block in blocks]
+
+
+# How many references the counting itself makes differs from one Python to the next.
+_ALONE = _references([np.empty(0, np.float32)])[0]

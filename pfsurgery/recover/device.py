@@ -156,7 +156,7 @@ def _lines(
             module.freeze()
         timed[str(place)] = module
     size = (batch, *site.input_shape[1:])
-    x = torch.randn(size, device=weight.device, dtype=weight.dtype)
+    x = torch.zeros(size, device=weight.device, dtype=weight.dtype)
     x = x.contiguous(memory_format=torch.channels_last)
     for module in timed.values():
         module.to(memory_format=torch.channels_last)
