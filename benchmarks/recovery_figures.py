@@ -75,7 +75,7 @@ def _macs_figure(
     content: dict[str, Any], table: dict[Any, Row], steps: Sequence[int], path: Path
 ) -> None:
     figure = Figure(figsize=(5.2 * len(steps), 4.8), layout="constrained")
-    panels = figure.subplots(1, len(steps), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(steps), sharex=True, sharey=True, squeeze=False)[0]
     for axes, number in zip(panels, steps, strict=True):
         for method in STYLES:
             points = [
