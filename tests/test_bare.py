@@ -13,7 +13,7 @@ from torch import nn
 from pfsurgery import bare, budget, convert, load, plan, reconstruct, record, save, scan
 from pfsurgery.errors import DataError, UnsupportedSiteError
 from pfsurgery.measure import count
-from pfsurgery.ops.bottleneck import Columns
+from pfsurgery.ops.columns import Columns
 from tests import zoo
 
 

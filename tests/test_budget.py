@@ -13,7 +13,8 @@ from torch import nn
 from pfsurgery import Plan, budget, convert, convert_, load, plan, reconstruct, record, save
 from pfsurgery.errors import DataError, PolicyError, UnsupportedSiteError
 from pfsurgery.measure import count
-from pfsurgery.ops.bottleneck import Bottleneck, Columns
+from pfsurgery.ops.bottleneck import Bottleneck
+from pfsurgery.ops.columns import Columns
 from pfsurgery.recover.columns import column_planes, operations
 from pfsurgery.recover.target import site_window
 from pfsurgery.sites import Geometry, Site

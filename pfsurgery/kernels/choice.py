@@ -31,7 +31,7 @@ def disabled() -> Iterator[None]:
 def why_stock(x: Tensor) -> str | None:
     """Why the stock calls are taken for an input (N, C, H, W); None where a kernel runs."""
     return (
-        _why_traced(x)
+        why_traced(x)
         or (None if _enabled.get() else "kernels are switched off by `disabled`")
         or _why_unfit(x)
     )
@@ -64,7 +64,7 @@ def explain(x: Tensor) -> str:
     return f"{library} kernel: {layout}, {kind} on {x.device}{fused}"
 
 
-def _why_traced(x: Tensor) -> str | None:
+def why_traced(x: Tensor) -> str | None:
     """Why someone has to see standard operators."""
     if torch.compiler.is_compiling():
         return "torch.compile or torch.export is tracing"

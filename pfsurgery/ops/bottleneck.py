@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,119 +10,11 @@ from pfsurgery.errors import UnsupportedSiteError
 from pfsurgery.kernels import choice
 from pfsurgery.kernels.fused import Fused, Weights, pack_weights
 from pfsurgery.ops.base import Op, Support, register_op
-from pfsurgery.ops.window import Window, in_layout_of
+from pfsurgery.ops.columns import Columns
 from pfsurgery.sites import Geometry, Site
-from pfsurgery.structure import Run, Structure
+from pfsurgery.structure import Structure
 
 _PLAIN = ("torch.nn.modules.conv.Conv2d", "timm.layers.conv2d_same.Conv2dSame")
-
-
-class Columns(nn.Module):
-    """Parameter-free columns: (N, C, H, W) to (N, B, H', W'), sizes as a convolution gives them.
-
-    Each column is one channel under one operation: a tap of the kernel (a shift; zeros move in),
-    the average (padded zeros left out) or the maximum (padding never wins) of a rectangle of taps.
-    Columns of one operation are neighbours, so each operation works on one run of channels.
-
-    Args:
-        geometry: Of the convolution.
-        runs: The columns, sorted by operation.
-        in_order: Sort the columns by channel again, for a site that keeps its channels.
-    """
-
-    order: Tensor | None
-
-    def __init__(
-        self, geometry: Geometry, runs: tuple[Run, ...], *, in_order: bool = False
-    ) -> None:
-        super().__init__()
-        channels = torch.tensor([channel for run in runs for channel in run.channels])
-        order = channels.argsort(stable=True)
-        sorted_already = bool((order == torch.arange(len(order))).all())
-        self.register_buffer(
-            "order", order if in_order and not sorted_already else None, persistent=False
-        )
-        self.geometry = geometry
-        self.window = Window.of(geometry)
-        self.runs = runs
-        for place, run in enumerate(runs):
-            first, count = run.channels[0], len(run.channels)
-            if run.channels != tuple(range(first, first + count)):
-                self.register_buffer(
-                    f"channels_{place}", torch.tensor(run.channels), persistent=False
-                )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The columns, operation by operation or in the channels' order."""
-        padded = self.window.pad(x)
-        columns = []
-        for place, run in enumerate(self.runs):
-            if run.kind == "tap":
-                columns.append(self._channels(self.window.tap(padded, (run.top, run.left)), place))
-            else:
-                columns.append(self._pooled(self._channels(x, place), run))
-        joined = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
-        if self.order is not None:
-            joined = joined.index_select(1, self.order)
-        return in_layout_of(x, joined)
-
-    def times(self, x: Tensor, product: Tensor) -> Tensor:
-        """The columns of (N, C, H, W) times a product (outputs, B): (N, outputs, H', W').
-
-        All taps together are one convolution whose kernel is mostly zeros. It has more
-        multiply-adds than gathering the columns, but one backward pass that libraries do well.
-        """
-        height, width = self.window.kernel_size
-        taps, places, first = [], [], 0
-        pools: list[Tensor] = []
-        pooled: list[Tensor] = []
-        for place, run in enumerate(self.runs):
-            part = product[:, first : first + len(run.channels)]
-            first += len(run.channels)
-            if run.kind == "tap":
-                at = run.top * width + run.left
-                taps.append(part)
-                places += [channel * height * width + at for channel in run.channels]
-            else:
-                pools.append(part)
-                pooled.append(self._pooled(self._channels(x, place), run))
-        kernel = product.new_zeros(len(product), x.shape[1] * height * width)
-        if taps:
-            index = torch.tensor(places, device=x.device)
-            kernel = kernel.index_add(1, index, torch.cat(taps, dim=1))
-        kernel = kernel.view(len(product), x.shape[1], height, width)
-        stride, dilation = self.window.stride, self.window.dilation
-        made = F.conv2d(self.window.pad(x), kernel, stride=stride, dilation=dilation)
-        if pooled:
-            made = made + F.conv2d(torch.cat(pooled, 1), torch.cat(pools, 1)[:, :, None, None])
-        return made
-
-    def _channels(self, x: Tensor, place: int) -> Tensor:
-        index = getattr(self, f"channels_{place}", None)
-        if index is not None:
-            return x.index_select(1, index)
-        run = self.runs[place]
-        return x.narrow(1, run.channels[0], len(run.channels))
-
-    def _pooled(self, x: Tensor, run: Run) -> Tensor:
-        edges = self._edges(x, run)
-        size, stride = (run.height, run.width), self.window.stride
-        if run.kind == "maximum":
-            return F.max_pool2d(F.pad(x, edges, value=-math.inf), size, stride)
-        ones = F.pad(torch.ones_like(x[:1, :1]), edges)
-        return F.avg_pool2d(F.pad(x, edges), size, stride) / F.avg_pool2d(ones, size, stride)
-
-    def _edges(self, x: Tensor, run: Run) -> tuple[int, int, int, int]:
-        """Padding (negative: cropping) that lets a stock pool read just the run's rectangle."""
-        edges: list[int] = []
-        pads = self.geometry.pads((x.shape[-2], x.shape[-1]))
-        for axis in (1, 0):
-            before, after = pads[axis]
-            skipped = (run.top, run.left)[axis]
-            taken = (run.height, run.width)[axis]
-            kernel = self.window.kernel_size[axis]
-            edges += [before - skipped, after - (kernel - skipped - taken)]
-        return edges[0], edges[1], edges[2], edges[3]
 
 
 class Bottleneck(nn.Module):
@@ -174,7 +64,7 @@ class Bottleneck(nn.Module):
         if self.columns is None:
             made: Tensor = product(x)
             return made
-        if self.form == "bottleneck" or not self._is_tracked(x) or choice.why_stock(x) is not None:
+        if not self._is_tracked(x) or choice.why_traced(x) is not None:
             made = product(self.columns(x))
             return made
         made = self.columns.times(x, product.weight[:, :, 0, 0])

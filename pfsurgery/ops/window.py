@@ -65,6 +65,12 @@ class Window:
             return F.pad(x, edges, value=value)
         return in_layout_of(x, F.pad(x, edges, mode=mode))
 
+    def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The dense convolution of (N, C, H, W) by (outputs, C, kh, kw) through these windows."""
+        if self.padding == "same" or self.padding_mode != "zeros":
+            return F.conv2d(self.pad(x), weight, None, self.stride, 0, self.dilation)
+        return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation)
+
     def axes(self, x: Tensor, weighing: Weighing) -> tuple[Axis, Axis] | None:
         """The two axes of the windows on (N, C, H, W); None where they are not for the kernels."""
         return _axes(self, (x.shape[2], x.shape[3]), weighing)
