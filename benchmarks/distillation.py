@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import base_nets
 import torch
@@ -17,11 +18,7 @@ _BATCH = 128
 def distilled(
     model: nn.Module, teacher: nn.Module, images: Tensor, steps: int, rate: float
 ) -> nn.Module:
-    """A copy of `model` after `steps` of SGD with a one-cycle rate, in eval mode.
-
-    The loss is the Kullback-Leibler divergence from the teacher's classes, labels are not used.
-    Batches, crops and mirrors come from one seed, so all methods see the same. Where the processor
-    multiplies matrices in bfloat16, both networks run in it.
+    """A copy of `model` after `steps` of distillation, in eval mode.
 
     Args:
         model: The smaller network.
@@ -31,6 +28,20 @@ def distilled(
         rate: Peak of the one-cycle schedule.
     """
     student = copy.deepcopy(model).train().requires_grad_(True)
+    for _ in stepwise(student, teacher, images, steps, rate):
+        pass
+    return student.eval()
+
+
+def stepwise(
+    student: nn.Module, teacher: nn.Module, images: Tensor, steps: int, rate: float
+) -> Iterator[None]:
+    """Train `student` by SGD with a one-cycle rate, giving way after each step.
+
+    The loss is the Kullback-Leibler divergence from the teacher's classes, labels are not used.
+    Batches, crops and mirrors come from one seed, so all methods see the same. Where the processor
+    multiplies matrices in bfloat16, both networks run in it.
+    """
     teacher = teacher.eval()
     optimiser = torch.optim.SGD(base_nets.decayed(student), lr=rate, momentum=0.9, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -49,4 +60,4 @@ def distilled(
         loss.backward()
         optimiser.step()
         schedule.step()
-    return student.eval()
+        yield

@@ -5,19 +5,21 @@
     python benchmarks/recovery.py latency --data CIFAR10_DIR --net basic
     python benchmarks/recovery.py asked --data CIFAR10_DIR --net basic
     python benchmarks/recovery.py distil --data CIFAR10_DIR --net basic --steps 200
+    python benchmarks/recovery.py step --data CIFAR10_DIR --net basic
     python benchmarks/recovery.py draw --net basic
 
 All methods start from the same trained network and see the same unlabelled training images; `fit`
 takes no gradient step; `asked` asks for time in place of multiply-adds. Each row is written as
 soon as it is there, and rows that are there are not made again, so a run can be stopped at any
-time, for instance by `--seconds`. `latency` and `asked` need an idle machine: their ratios are to
-the original, both as `optimize` leaves them, timed in turns. `results/` holds what this script
-writes; smaller networks are kept in `cache/`.
+time, for instance by `--seconds`. `latency`, `asked` and `step` need an idle machine: their
+ratios are to the original (as `optimize` leaves both, but for `step`), timed in turns. `results/`
+holds what this script writes; smaller networks are kept in `cache/`.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import platform
@@ -29,7 +31,7 @@ from pathlib import Path
 
 import base_nets
 import torch
-from distillation import RATES, distilled
+from distillation import RATES, distilled, stepwise
 from methods import METHODS, WITHOUT_BUDGET, Task
 from recovery_figures import draw
 from torch import nn
@@ -257,12 +259,42 @@ def distil_all(bench: Bench) -> None:
         bench.store.add({**key, "mmacs": macs, "top1": bench.judge(student), "seconds": seconds})
 
 
+def time_steps(bench: Bench) -> None:
+    """What a step of distillation costs, of each fitted network and of the original, in turns."""
+    steps, warm = 25, 5
+    for method, budget in bench.cases(tuple(METHODS)):
+        key: Row = {"stage": "step", "method": method, "budget_mmacs": budget}
+        fast = bench.made(method, budget, 2000)
+        if fast is None or bench.store.has(**key) or not bench.in_time():
+            continue
+        students = (copy.deepcopy(bench.model).train(), fast.train())
+        runs = [stepwise(s, bench.model, bench.train, steps, 1e-3) for s in students]
+        times: list[tuple[float, float]] = []
+        for _ in range(steps):
+            times.append((_milliseconds(runs[0]), _milliseconds(runs[1])))
+        before, after = zip(*times[warm:], strict=True)
+        row = {
+            "before_ms": statistics.median(before),
+            "after_ms": statistics.median(after),
+            "ratio": statistics.median(a / b for a, b in zip(after, before, strict=True)),
+            "threads": torch.get_num_threads(),
+        }
+        bench.store.add({**key, **row})
+
+
+def _milliseconds(run: Iterator[None]) -> float:
+    start = time.perf_counter()
+    next(run)
+    return 1e3 * (time.perf_counter() - start)
+
+
 STAGES: dict[str, Callable[[Bench], None]] = {
     "fit": fit_all,
     "images": sweep_images,
     "latency": time_all,
     "asked": ask_for_time,
     "distil": distil_all,
+    "step": time_steps,
 }
 
 

@@ -68,7 +68,7 @@ class Bottleneck(nn.Module):
             made = product(self.columns(x))
             return made
         made = self.columns.times(x, product.weight[:, :, 0, 0])
-        return made if product.bias is None else made + product.bias[:, None, None]
+        return made if product.bias is None else made + product.bias[:, None, None].to(made.dtype)
 
     def _is_tracked(self, x: Tensor) -> bool:
         return torch.is_grad_enabled() and (x.requires_grad or self.expand.weight.requires_grad)
