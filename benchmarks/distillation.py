@@ -51,9 +51,9 @@ def stepwise(
     for _ in range(steps):
         index = torch.randint(0, len(images), (_BATCH,), generator=generator)
         x = base_nets.normalise(base_nets.augment(images[index], images.shape[-1], generator))
-        with torch.no_grad(), base_nets.autocast():
+        with torch.no_grad(), base_nets.autocast(teacher):
             wanted = teacher(x)
-        with base_nets.autocast():
+        with base_nets.autocast(student):
             scores = student(x)
         loss = kd_loss(scores.float(), wanted.float())
         optimiser.zero_grad(set_to_none=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ ROUNDS = 6
 _STEPS = 4  # of conjugate gradients in a round; the next round goes on from there
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Problem:
     """One site's linear columns, prepared for fitting bottlenecks of any width.
 
@@ -59,6 +60,13 @@ class Problem:
     def targets(self) -> int:
         """Output channels C_out."""
         return self.cross.shape[2]
+
+    @cached_property
+    def directions(self) -> tuple[Tensor, Tensor]:
+        """Singular vectors (ops, C, k) and values (ops, k) of each operation's part of `full`."""
+        colour = self.factors.transpose(1, 2) @ self.full
+        left, values, _ = torch.linalg.svd(colour, full_matrices=False)
+        return left, values
 
 
 def prepare(moments: Moments, weights: Tensor, ops: int, *, reuse: float = 1.0) -> Problem:
@@ -293,8 +301,7 @@ def fit_bottleneck(problem: Problem, r: int, *, rounds: int = ROUNDS) -> Fit:
     Starts from the r largest singular vectors over all operations' parts of the full solution.
     Channels are sorted by operation.
     """
-    colour = problem.factors.transpose(1, 2) @ problem.full
-    left, values, _ = torch.linalg.svd(colour, full_matrices=False)
+    left, values = problem.directions
     most = min(r, values.numel())
     index = values.flatten().topk(most).indices.sort().values
     op, rank = index // values.shape[1], index % values.shape[1]

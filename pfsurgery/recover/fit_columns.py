@@ -13,6 +13,7 @@ from pfsurgery.recover.gram import Moments
 from pfsurgery.recover.linalg import RIDGE, cholesky, principal
 
 _DEPENDENT = 1e-6  # a column with less of its variance left than this adds rounding errors
+_DOUBLE = 2048  # more columns are chosen in float32: memory decides then, and order is all it gives
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,8 @@ def select_columns(
         most: Columns to choose; fewer if the rest are linearly dependent.
         exclusive: Group of each column (K,): at most one column a group is chosen.
     """
+    if len(gram) > _DOUBLE:
+        gram, goal = gram.float(), goal.float()
     left = gram.diagonal().clone()
     least = torch.maximum(left * _DEPENDENT, left.max() * 1e-14)
     rest = goal.clone()
@@ -75,8 +78,8 @@ def select_columns(
     index = torch.tensor(order, dtype=torch.long)
     return Selection(
         index,
-        basis[: len(order)][:, index].T.contiguous(),
-        torch.stack(removed).cumsum(0) if removed else gram.new_zeros(0),
+        basis[: len(order)][:, index].T.contiguous().double(),
+        torch.stack(removed).double().cumsum(0) if removed else gram.new_zeros(0).double(),
     )
 
 

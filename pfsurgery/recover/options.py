@@ -32,6 +32,7 @@ PARAMETER_FREE: tuple[Form, ...] = ("columns", "waist", "bottleneck", "mixed")
 _ROUNDS = 2  # of alternation for a curve; the fit that is used gets more
 _CHEAP = 0.3  # of the dense cost: thin options above it, nearly exact, are not alternated
 _MOST = 12  # thin options that are fitted for the curve, spread along their hull
+_WIDE = 2048  # more columns than this get curves of half as many points: each takes seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +95,13 @@ def _widths(low: int, high: int, count: int) -> list[int]:
     return sorted({round(low * ratio**i) for i in range(count)})
 
 
+def _points(problem: Problem, usual: int) -> int:
+    return usual if problem.ops * problem.channels <= _WIDE else (usual + 1) // 2
+
+
 def _thin(problem: Problem, dense: float) -> list[Option]:
     c, m = problem.channels, problem.targets
+    most = _points(problem, _MOST)
     sizes = [
         (r1, r2)
         for r1 in _widths(max(2, c // 24), max(2, 4 * c // 5), 12)
@@ -107,8 +113,8 @@ def _thin(problem: Problem, dense: float) -> list[Option]:
     costs = [cost(c, m, problem.ops * r1, r1, r2, problem.reuse) for r1, r2 in sizes]
     errors = thin_errors(problem, sizes)
     hull = lower_hull(list(zip(costs, errors, strict=True)))
-    if len(hull) > _MOST:
-        hull = [hull[round(i * (len(hull) - 1) / (_MOST - 1))] for i in range(_MOST)]
+    if len(hull) > most:
+        hull = [hull[round(i * (len(hull) - 1) / (most - 1))] for i in range(most)]
     options = []
     for i in hull:
         error = errors[i]
@@ -121,7 +127,7 @@ def _thin(problem: Problem, dense: float) -> list[Option]:
 def _bottleneck(problem: Problem, dense: float) -> list[Option]:
     c, m = problem.channels, problem.targets
     options = []
-    for r in _widths(max(2, c // 12), 11 * c // 5, 10):
+    for r in _widths(max(2, c // 12), 11 * c // 5, _points(problem, 10)):
         if r * (c * problem.reuse + m) < dense and r <= problem.ops * min(c, m):
             fit = fit_bottleneck(problem, r, rounds=_ROUNDS)
             options.append(Option("bottleneck", (r,), fit.macs, fit.error))
@@ -131,7 +137,7 @@ def _bottleneck(problem: Problem, dense: float) -> list[Option]:
 def _mixed(problem: Problem, dense: float) -> list[Option]:
     c, m = problem.channels, problem.targets
     options = []
-    for r1 in _widths(max(4, c // 12), 3 * c // 4, 7):
+    for r1 in _widths(max(4, c // 12), 3 * c // 4, _points(problem, 7)):
         r2 = max(2, min(m, round(r1 * (m / c) ** 0.5)))
         for columns in (round(0.3 * problem.ops * r1), round(0.55 * problem.ops * r1)):
             if r2 < columns and cost(c, m, columns, r1, r2, problem.reuse) < dense:
@@ -154,7 +160,7 @@ def _waist(site: SiteMoments, dense: float) -> list[Option]:
     c, m, k = site.problem.channels, site.problem.targets, len(site.moments.gram)
     directions = output_directions(site.moments, site.weights)
     options = []
-    for r in _widths(max(2, m // 12), 3 * m // 5, 6):
+    for r in _widths(max(2, m // 12), 3 * m // 5, _points(site.problem, 6)):
         most = min(4 * c, k, int(dense / r - m))
         counts = _widths(max(r + 1, c // 4), most, 8)
         if not counts:
