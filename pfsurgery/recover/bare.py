@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from pfsurgery.plan import Decision, Plan
 from pfsurgery.policy import KEEP, Rule, Tell
-from pfsurgery.recover.calibration import calibration_batches, dressed, frozen_copy, hold_out
+from pfsurgery.recover.calibration import (
+    calibration_batches,
+    dressed,
+    frozen_copy,
+    hold_out,
+    in_fast_layout,
+)
 from pfsurgery.recover.options import Option
 from pfsurgery.recover.polish import polish
 from pfsurgery.recover.screen import is_wide
@@ -41,6 +47,7 @@ class Bare:
         batches, judges = hold_out(calibration_batches(images, model))
         plan = mark(batches[0][:1])
         teacher = frozen_copy(model)
+        batches = in_fast_layout(teacher, batches)
         sites = [d.site for d in plan.replaced]
         chosen = {s.name: _option(s) for s in sites}
         student, done = refit_in_order(teacher, sites, chosen, batches, tell, {})

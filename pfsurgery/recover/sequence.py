@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from pfsurgery.recover.screen import Screen, lifted_kernel, unscreened
 from pfsurgery.recover.target import (
     Readout,
     channel_operations,
+    goal_rows,
     readout_of,
     refit_moments,
     site_operations,
@@ -37,6 +38,7 @@ from pfsurgery.rewrite import apply_plan
 from pfsurgery.sites import Site
 
 POSITIONS = 65536  # looked at for each site, about
+_MEMORY = 1 << 29  # bytes of the original's outputs that are held at once, about
 _ROUNDS = 4
 _PRIOR = 0.02  # how much the original kernel counts where the images say little
 
@@ -64,19 +66,67 @@ def refit_in_order(
     """
     student = copy.deepcopy(teacher)
     seen = view(teacher, (batches[0][:1],))
+    aims = [
+        _aim(teacher, site, option, seen)
+        for site in sites
+        if (option := chosen[site.name]) is not None
+    ]
     done: dict[str, Decision] = {}
-    for site in tracked(sites, "fitting"):
-        option = chosen[site.name]
-        if option is None:
-            continue
-        if option.form == "bare":
-            decision = _place_bare(teacher, student, site, batches, seen)
-        else:
+    rows = _goals(teacher, aims, batches)
+    for aim, goals in zip(tracked(aims, "fitting"), rows, strict=True):
+        site = aim.site
+        if aim.option.form != "bare":
             screen = screens.get(site.name)
-            decision = _place_fitted(teacher, student, site, option, batches, screen)
+            decision = _place_fitted(teacher, student, aim, goals, batches, screen)
+        else:
+            decision = _place_bare(teacher, student, aim, goals, batches, seen)
         done[site.name] = decision
         tell(f"{site.name}: {decision.label}, {decision.reason}")
     return student, done
+
+
+@dataclass(frozen=True, slots=True)
+class _Aim:
+    """A site, what it becomes, and the layer whose output is then to be as it was."""
+
+    site: Site
+    option: Option
+    layer: str
+    how: Readout
+
+
+def _aim(teacher: nn.Module, site: Site, option: Option, seen: GraphView) -> _Aim:
+    if option.form != "bare" or site.kind == "depthwise":
+        return _Aim(site, option, site.name, site_readout(teacher, site))
+    layer = _layer_behind(site)
+    around = neighbours_of_module(layer, seen)
+    return _Aim(site, option, layer, readout_of(teacher, around, _outputs(teacher, layer)))
+
+
+def _goals(
+    teacher: nn.Module, aims: Sequence[_Aim], batches: Sequence[Tensor]
+) -> Iterator[list[Tensor]]:
+    """The original's rows for each aim, from as few passes as their memory allows."""
+    for group in _in_memory(aims):
+        read = [aim for aim in group if aim.site.kind != "depthwise"]
+        places = [aim.site for aim in read], [aim.layer for aim in read], [aim.how for aim in read]
+        rows = goal_rows(teacher, *places, batches, POSITIONS) if read else []
+        for aim in group:
+            yield rows.pop(0) if aim.site.kind != "depthwise" else []
+
+
+def _in_memory(aims: Sequence[_Aim]) -> Iterator[list[_Aim]]:
+    group: list[_Aim] = []
+    held = 0
+    for aim in aims:
+        size = 4 * POSITIONS * len(aim.how.weights)
+        if group and held + size > _MEMORY:
+            yield group
+            group, held = [], 0
+        group.append(aim)
+        held += size
+    if group:
+        yield group
 
 
 def site_kernel(teacher: nn.Module, site: Site, ops: Sequence[Operation]) -> Tensor:
@@ -110,16 +160,17 @@ def reuse(site: Site) -> float:
 def _place_fitted(
     teacher: nn.Module,
     student: nn.Module,
-    site: Site,
-    option: Option,
+    aim: _Aim,
+    goals: Sequence[Tensor],
     batches: Sequence[Tensor],
     screen: Screen | None,
 ) -> Decision:
-    ops, how = site_operations(site), site_readout(teacher, site)
-    found = refit_moments(teacher, student, site, batches, ops, how, POSITIONS, screen=screen)
+    site, how = aim.site, aim.how
+    ops = site_operations(site)
+    found = refit_moments(student, site, batches, goals, ops, how, POSITIONS, screen=screen)
     kernel = lifted_kernel(site_kernel(teacher, site, ops), screen)
     problem = site_moments(found.with_prior(kernel, _PRIOR), how.weights, ops, reuse=reuse(site))
-    fit = unscreened(fit_option(problem, option, rounds=_ROUNDS), screen)
+    fit = unscreened(fit_option(problem, aim.option, rounds=_ROUNDS), screen)
     structure = structure_of(fit, ops)
     decision = Decision(
         site, op_of(structure), reason=f"relative error {fit.error:.3f}", structure=structure
@@ -134,14 +185,13 @@ def _place_fitted(
 def _place_bare(
     teacher: nn.Module,
     student: nn.Module,
-    site: Site,
+    aim: _Aim,
+    goals: Sequence[Tensor],
     batches: Sequence[Tensor],
     seen: GraphView,
 ) -> Decision:
     """One operation a channel; the pointwise layer behind is refitted on what it then reads."""
-    layer = site.neighbours.pointwise_after
-    if layer is None:
-        raise RecordMismatchError(f"No pointwise layer reads {site.name}.")
+    site, layer = aim.site, _layer_behind(aim.site)
     ops, around = site_operations(site), neighbours_of_module(layer, seen)
     if site.kind == "depthwise":
         ops = channel_operations(site)
@@ -150,8 +200,8 @@ def _place_bare(
             fold_into_norm(student.get_submodule(site.neighbours.norm), found)
         chosen, tail = found.ops, "keep"
     else:
-        how = readout_of(teacher, around, _outputs(teacher, layer))
-        moments = refit_moments(teacher, student, site, batches, ops, how, POSITIONS, layer)
+        how = aim.how
+        moments = refit_moments(student, site, batches, goals, ops, how, POSITIONS, layer)
         chosen, tail = fit_bare(moments, how.weights, len(ops)).ops, "drop"
     decision = Decision(site, "bare", tail=tail, structure=bare_structure(chosen, ops))  # type: ignore[arg-type]
     apply_plan(student, [decision])
@@ -161,6 +211,12 @@ def _place_bare(
         structure=bare_structure(chosen, ops, refit.after),
         reason=f"relative error {refit.after:.3f} behind {layer}",
     )
+
+
+def _layer_behind(site: Site) -> str:
+    if site.neighbours.pointwise_after is None:
+        raise RecordMismatchError(f"No pointwise layer reads {site.name}.")
+    return site.neighbours.pointwise_after
 
 
 def _outputs(model: nn.Module, layer: str) -> int:

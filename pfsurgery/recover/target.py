@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,9 +58,10 @@ def readout_of(model: nn.Module, around: Neighbours, outputs: int) -> Readout:
 
 
 def corrected(goal: Tensor, shortcut: Tensor, how: Readout) -> Tensor:
-    """What a layer should give (N, C, H, W) so that its sum with `shortcut` is `goal`."""
-    scale, shift = (t.to(goal).view(1, -1, 1, 1) for t in (how.scale, how.shift))
-    live = how.weights.to(goal).view(1, -1, 1, 1) > 0
+    """What a layer should give, (N, C, ...), so that its sum with `shortcut` is `goal`."""
+    shape = (1, -1, *[1] * (goal.ndim - 2))
+    scale, shift = (t.to(goal).view(shape) for t in (how.scale, how.shift))
+    live = how.weights.to(goal).view(shape) > 0
     inverse = torch.where(live, 1 / torch.where(live, scale, 1.0), 0.0)
     return (goal - shortcut - shift) * inverse
 
@@ -88,6 +89,44 @@ def channel_operations(site: Site) -> tuple[Operation, ...]:
     return tuple(op for op in operations(site_window(site), reach=reach, pools=pools) if op.linear)
 
 
+class _Sampler:
+    """The positions of a site's output that are looked at, the same ones for every sampler of it.
+
+    Args:
+        site: The site.
+        batches: All images; they are to be sampled batch by batch, in this order.
+        most: Positions that are looked at in all batches, about.
+    """
+
+    def __init__(self, site: Site, batches: Sequence[Tensor], most: int) -> None:
+        self._window = site_window(site)
+        self._per_image = most / sum(len(batch) for batch in batches)
+        self._generator = torch.Generator().manual_seed(0)
+
+    def inputs(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Parts of a batch (N, C, H, W) with the flat positions of their outputs, None for all."""
+        rows, columns = self._window.output_size(x.shape[2], x.shape[3])
+        for images, chosen in self._parts(len(x), rows * columns):
+            yield x[images], None if chosen is None else chosen.to(x.device)
+
+    def outputs(self, y: Tensor) -> Tensor:
+        """The rows (P, C_out), float32 on the CPU, of outputs (N, C_out, H', W')."""
+        rows = []
+        for images, chosen in self._parts(len(y), y.shape[2] * y.shape[3]):
+            flat = y[images].permute(0, 2, 3, 1).flatten(0, 2)
+            rows.append(flat if chosen is None else flat[chosen.to(y.device)])
+        return torch.cat(rows).float().cpu()
+
+    def _parts(self, images: int, here: int) -> Iterator[tuple[slice, Tensor | None]]:
+        kept = min(1.0, self._per_image / here)
+        step = max(1, int(_CHUNK / (here * kept)))
+        for first in range(0, images, step):
+            last = min(first + step, images)
+            number = (last - first) * here
+            most = max(1, round(number * kept))
+            yield slice(first, last), sample_positions(number, most, self._generator)
+
+
 def input_moments(
     model: nn.Module,
     sites: Sequence[Site],
@@ -112,20 +151,17 @@ def input_moments(
         for site, screen in zip(sites, looked, strict=True)
     ]
     sums = [MomentSum(len(o) * width) for width, o in zip(widths, ops, strict=True)]
-    windows = [site_window(site) for site in sites]
-    generator = torch.Generator().manual_seed(0)
-    images = sum(len(batch) for batch in batches)
+    samplers = [_Sampler(site, batches, most) for site in sites]
+
+    def add(place: int, x: Tensor) -> None:
+        x = screened(x.detach().float(), looked[place])
+        for part, chosen in samplers[place].inputs(x):
+            rows = column_rows(part, site_window(sites[place]), ops[place], chosen)
+            sums[place].add(rows.cpu())
+
     handles = [
         model.get_submodule(site.name).register_forward_pre_hook(
-            lambda _, args, place=place: _add(
-                sums[place],
-                screened(args[0], looked[place]),
-                None,
-                windows[place],
-                ops[place],
-                most / images,
-                generator,
-            )
+            lambda _, args, place=place: add(place, args[0])
         )
         for place, site in enumerate(sites)
     ]
@@ -139,11 +175,50 @@ def input_moments(
     return [total.result() for total in sums]
 
 
-def refit_moments(
+def goal_rows(
     teacher: nn.Module,
+    sites: Sequence[Site],
+    layers: Sequence[str],
+    hows: Sequence[Readout],
+    batches: Sequence[Tensor],
+    most: int,
+) -> list[list[Tensor]]:
+    """What the original gives at the sampled positions of each site, in one pass over the images.
+
+    Args:
+        teacher: The original, in eval mode.
+        sites: The sites.
+        layers: For each, the path of the layer whose output is wanted: the site itself, or the
+            pointwise layer behind it.
+        hows: For each, how that output counts: where a shortcut is added, the sum is read.
+        batches: Images (N, C, H, W), one batch each.
+        most: Positions that are looked at for each site, about.
+
+    Returns:
+        For each site and batch the rows (P, C_out).
+    """
+    found: list[list[Tensor]] = [[] for _ in sites]
+    samplers = [_Sampler(site, batches, most) for site in sites]
+    wanted: dict[str, tuple[str, Side]] = {
+        str(place): (layer, "output") if how.merge is None else (how.merge, "input")
+        for place, (layer, how) in enumerate(zip(layers, hows, strict=True))
+    }
+    calls = {str(place): site.calls for place, site in enumerate(sites)}
+    for batch in batches:
+
+        def sample(key: str, y: Tensor) -> Tensor:
+            return samplers[int(key)].outputs(y)
+
+        for key, rows in capture(teacher, batch, wanted, calls, sample).items():
+            found[int(key)].append(rows)
+    return found
+
+
+def refit_moments(
     student: nn.Module,
     site: Site,
     batches: Sequence[Tensor],
+    goals: Sequence[Tensor],
     ops: Sequence[Operation],
     how: Readout,
     most: int,
@@ -157,70 +232,34 @@ def refit_moments(
     corrects what the sites before it got wrong.
 
     Args:
-        teacher: The original, in eval mode.
         student: The edited network, whose site still is its convolution.
         site: The site.
         batches: Images (N, C, H, W), one batch each.
+        goals: The original's rows of this site, from `goal_rows` with the same batches.
         ops: The operations of its columns.
         how: How its output counts.
         most: Positions that are looked at, about.
         layer: Path of the layer whose output is wanted, the site itself if None.
         screen: Directions that stand for the channels of a very wide site.
     """
-    layer = layer or site.name
     total: MomentSum | None = None
     window = site_window(site)
-    generator = torch.Generator().manual_seed(0)
-    images = sum(len(batch) for batch in batches)
-    for batch in batches:
-        x, y = _input_and_target(teacher, student, site, layer, batch, how)
-        x = screened(x.float(), screen)
-        total = total or MomentSum(len(ops) * x.shape[1], y.shape[1])
-        _add(total, x, y, window, ops, most / images, generator)
+    sampler, shortcuts = (_Sampler(site, batches, most) for _ in range(2))
+    wanted: dict[str, tuple[str, Side]] = {"x": (site.name, "input")}
+    if how.merge is not None:
+        wanted |= {"out": (how.norm or layer or site.name, "output"), "sum": (how.merge, "input")}
+    calls = dict.fromkeys(wanted, site.calls)
+    for batch, goal in zip(batches, goals, strict=True):
+        made = capture(student, batch, wanted, calls)
+        x = screened(made["x"].float(), screen)
+        total = total or MomentSum(len(ops) * x.shape[1], goal.shape[1])
+        if how.merge is not None:
+            goal = corrected(goal, shortcuts.outputs(made["sum"] - made["out"]), how)
+        first = 0
+        for part, chosen in sampler.inputs(x):
+            values = column_rows(part, window, ops, chosen).cpu()
+            total.add(values, goal[first : first + len(values)])
+            first += len(values)
     if total is None:
         raise DataError("There is no image to fit to.")
     return total.result()
-
-
-def _input_and_target(
-    teacher: nn.Module, student: nn.Module, site: Site, layer: str, batch: Tensor, how: Readout
-) -> tuple[Tensor, Tensor]:
-    behind = how.norm or layer
-    if how.merge is None:
-        goal = capture(teacher, batch, {"out": (layer, "output")}, site.calls)["out"]
-        read = capture(student, batch, {"x": (site.name, "input")}, site.calls)["x"]
-        return read, goal
-    merged: dict[str, tuple[str, Side]] = {"sum": (how.merge, "input")}
-    goal = capture(teacher, batch, merged, site.calls)["sum"]
-    wanted = {"x": (site.name, "input"), "out": (behind, "output"), **merged}
-    made = capture(student, batch, wanted, site.calls)  # type: ignore[arg-type]
-    return made["x"], corrected(goal, made["sum"] - made["out"], how)
-
-
-def _add(
-    total: MomentSum,
-    x: Tensor,
-    y: Tensor | None,
-    window: Window,
-    ops: Sequence[Operation],
-    per_image: float,
-    generator: torch.Generator,
-) -> None:
-    """Add sampled positions of one batch, in chunks of images that fit in memory."""
-    x = x.detach().float()
-    rows, columns = window.output_size(x.shape[2], x.shape[3])
-    here = rows * columns
-    kept = min(1.0, per_image / here)
-    step = max(1, int(_CHUNK / (here * kept)))
-    for first in range(0, len(x), step):
-        part = x[first : first + step]
-        number = len(part) * here
-        chosen = sample_positions(number, max(1, round(number * kept)), generator)
-        if chosen is not None:
-            chosen = chosen.to(x.device)
-        values = column_rows(part, window, ops, chosen).cpu()
-        goals = None
-        if y is not None:
-            flat = y[first : first + step].float().permute(0, 2, 3, 1).reshape(number, -1)
-            goals = (flat if chosen is None else flat[chosen]).cpu()
-        total.add(values, goals)
