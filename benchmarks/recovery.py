@@ -2,6 +2,7 @@
 
     python benchmarks/recovery.py fit --data CIFAR10_DIR --net basic
     python benchmarks/recovery.py images --data CIFAR10_DIR --net basic
+    python benchmarks/recovery.py bare --data CIFAR10_DIR --net bottleneck
     python benchmarks/recovery.py latency --data CIFAR10_DIR --net basic
     python benchmarks/recovery.py asked --data CIFAR10_DIR --net basic
     python benchmarks/recovery.py distil --data CIFAR10_DIR --net basic --steps 200
@@ -43,7 +44,18 @@ RESULTS = Path(__file__).parent / "results"
 BUDGETS = {
     "basic": (25.5, 17.5, 9.6, 5.5),
     "bottleneck": (32.0, 30.0, 28.0, 18.5, 13.5),
-    "depthwise": (5.5, 4.5, 3.5, 2.5),
+    "depthwise": (5.0, 4.0, 3.0, 2.0),
+}
+# Sites that lose their convolution without a product in its place, mildest first.
+BARE = {
+    "basic": (),
+    "bottleneck": (("layer3.*",), ("layer1.1.*", "layer2.1.*", "layer3.1.*"), ("layer*",)),
+    "depthwise": (
+        ("blocks.3.1.*",),
+        ("blocks.3.*",),
+        ("blocks.2.*", "blocks.3.*"),
+        ("blocks.1.*", "blocks.2.*", "blocks.3.*"),
+    ),
 }
 IMAGES = (128, 500, 2000, 5000)
 SWEPT = ("budget", "data-aware Tucker-2", "Torch-Pruning, our refit")
@@ -194,6 +206,31 @@ def sweep_images(bench: Bench) -> None:
         fit(bench, SWEPT, (budget,), number)
 
 
+def strip(bench: Bench) -> None:
+    """Sites without any product of their own: after surgery, and with what follows refitted."""
+    images = list(base_nets.normalise(bench.train[:2000]).split(250))
+    for include in BARE[bench.args.net]:
+        key: Row = {"stage": "bare", "include": list(include)}
+        if bench.store.has(**key) or not bench.in_time():
+            continue
+        pooled = pfsurgery.convert(bench.model, "maxpool_all", example=bench.image, include=include)
+        after_surgery = bench.judge(pooled)
+        pfsurgery.reconstruct(pooled, bench.model, images)
+        start = time.perf_counter()
+        fast = pfsurgery.convert(bench.model, pfsurgery.bare(), images=images, include=include)
+        row: Row = {
+            "seconds": time.perf_counter() - start,
+            "sites": [d.site.name for d in pfsurgery.record(fast).plans[-1].replaced],
+            "mmacs": count(fast, bench.image).macs / 1e6,
+            "top1_after_surgery": after_surgery,
+            "top1_max_pool_refitted": bench.judge(pooled),
+            "top1": bench.judge(fast),
+        }
+        lost = bench.store.content["base_top1"] - after_surgery
+        row["regained"] = (row["top1"] - after_surgery) / lost
+        bench.store.add({**key, **row})
+
+
 def time_all(bench: Bench) -> None:
     """Latency of every fitted network, in one process; run it on an idle machine."""
     for method, budget in bench.cases(tuple(METHODS)):
@@ -291,6 +328,7 @@ def _milliseconds(run: Iterator[None]) -> float:
 STAGES: dict[str, Callable[[Bench], None]] = {
     "fit": fit_all,
     "images": sweep_images,
+    "bare": strip,
     "latency": time_all,
     "asked": ask_for_time,
     "distil": distil_all,

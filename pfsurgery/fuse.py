@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from pfsurgery.graph import GraphView
 from pfsurgery.measure.latency import latency
@@ -57,6 +59,35 @@ def speed_up_pointwise(seen: GraphView, model: nn.Module) -> None:
             faster[key] = _is_faster(conv, shape)
         if faster[key]:
             set_module(model, path, _as_bottleneck(conv))
+
+
+def speed_up_on_gpu(model: nn.Module, args: tuple[Any, ...]) -> None:
+    """Let one Triton kernel run the bottlenecks that it runs faster, as timed now on these inputs.
+
+    Args:
+        model: The model on a GPU, in the layout that it is to have; changed in place.
+        args: What it is called with.
+    """
+    read: dict[Bottleneck, Tensor] = {}
+    handles = [
+        module.register_forward_pre_hook(
+            lambda module, inputs: read.update({module: inputs[0].detach().clone()})
+        )
+        for module in model.modules()
+        if isinstance(module, Bottleneck) and module.fits_gpu_kernel
+    ]
+    try:
+        with torch.no_grad():
+            model(*args)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for module, x in read.items():
+        if x.is_cuda:
+            fused = copy.deepcopy(module)
+            fused.on_gpu = True
+            taken = latency({"before": module, "after": fused}, x, repeats=9, warmup=3)
+            module.on_gpu = taken["after"].median_ms < _GAIN * taken["before"].median_ms
 
 
 def _is_faster(conv: nn.Conv2d, shape: tuple[int, ...]) -> bool:

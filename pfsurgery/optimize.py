@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pfsurgery.example import Example, example_inputs
-from pfsurgery.fuse import speed_up_pointwise, take_in_activations
+from pfsurgery.fuse import speed_up_on_gpu, speed_up_pointwise, take_in_activations
 from pfsurgery.graph import GraphView, view
 from pfsurgery.measure.latency import MemoryFormat, first_tensor, in_format, latency
 from pfsurgery.modules import get_module, is_pointwise, is_watched, set_module
@@ -36,7 +36,8 @@ def optimize(
     them where that is exact, or else into a pointwise convolution right behind. Weights so small
     that they are denormal become 0: processors take a slow path for them. Fitted bottlenecks keep
     their weights packed for the fused kernel and take in the ReLU behind them; in channels_last
-    that kernel also runs the pointwise convolutions that it is seen to run faster. Later changes
+    that kernel also runs the pointwise convolutions that it is seen to run faster. On a GPU one
+    Triton kernel runs the bottlenecks that it is seen to run faster. Later changes
     of the weights are not noticed, names in the state dict differ, and the copy carries no record:
     save the model that it was made from.
 
@@ -66,6 +67,8 @@ def optimize(
     made = in_format(folded, (), memory_format)[0]
     if memory_format == "channels_last":
         speed_up_pointwise(seen, made)
+    if first_tensor(args).is_cuda:
+        speed_up_on_gpu(made, args)
     return made
 
 

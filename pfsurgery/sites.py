@@ -69,6 +69,16 @@ class Geometry:
         )
         return top, left
 
+    def output_size(self, size: tuple[int, int]) -> Pair:
+        """Rows and columns of the output for an input of (H, W) pixels."""
+        rows, columns = (
+            (n + sum(pad) - d * (k - 1) - 1) // s + 1
+            for n, pad, k, s, d in zip(
+                *(size, self.pads(size), self.kernel_size, self.stride, self.dilation), strict=True
+            )
+        )
+        return rows, columns
+
     def __str__(self) -> str:
         """For example `3x3 s2 64->128 g32`."""
         parts = ["x".join(map(str, self.kernel_size))]

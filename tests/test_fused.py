@@ -245,3 +245,14 @@ def test_an_optimized_copy_keeps_its_packed_weights():
     exported = torch.export.export(ready, (images,))
     kinds = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
     assert any("conv2d" in kind for kind in kinds)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_bottleneck_in_one_gpu_kernel_is_the_stock_operators(bottleneck, dtype):
+    fused = copy.deepcopy(bottleneck).to("cuda", dtype)
+    x = torch.randn(4, 32, 14, 15, device="cuda", dtype=dtype)
+    with torch.no_grad():
+        wanted = fused(x)
+        fused.on_gpu = True
+        torch.testing.assert_close(fused(x), wanted, rtol=2e-2, atol=2e-2)

@@ -14,6 +14,7 @@ from pfsurgery.ops.columns import Columns
 from pfsurgery.sites import Geometry, Site
 from pfsurgery.structure import Structure
 
+WIDEST_ON_GPU = 256  # a waist: what the registers of one program hold
 _PLAIN = ("torch.nn.modules.conv.Conv2d", "timm.layers.conv2d_same.Conv2dSame")
 
 
@@ -23,7 +24,13 @@ class Bottleneck(nn.Module):
     The operation in the middle is parameter-free columns, or, in the dense forms, a convolution
     between reduced widths. The efficient bottleneck of Han et al. (ICLR 2022) with its operations
     chosen from data; see `pfsurgery.structure.Structure` for the forms.
+
+    Attributes:
+        relu: Raise negative outputs to 0.
+        on_gpu: Let one Triton kernel compute what it can on a GPU; `optimize` times it first.
     """
+
+    on_gpu = False
 
     def __init__(self, geometry: Geometry, structure: Structure) -> None:
         super().__init__()
@@ -53,10 +60,43 @@ class Bottleneck(nn.Module):
         """The bottleneck's output; with `relu`, negative numbers are raised to 0."""
         if self._is_fused(x):
             return self._kernel(x, self._frozen or self._packed(), relu=self.relu)
+        if self.on_gpu and x.is_cuda and not self._is_tracked(x) and choice.why_stock(x) is None:
+            return self.in_gpu_kernel(x)
         if self.reduce is not None:
             x = self.reduce(x)
         expanded: Tensor = self.expand(self._middle(x)) if self.waist else self._middle(x)
         return F.relu(expanded) if self.relu else expanded
+
+    @property
+    def fits_gpu_kernel(self) -> bool:
+        """Whether `in_gpu_kernel` can compute it: a dense middle is better left to libraries."""
+        narrow = self.waist is None or self.waist.out_channels <= WIDEST_ON_GPU
+        return self.columns is not None and narrow
+
+    def in_gpu_kernel(self, x: Tensor) -> Tensor:
+        """The output by way of the Triton kernel: the reduction, then all the rest in one.
+
+        Set `on_gpu` to let `forward` do so; `optimize` sets it where it is faster.
+        """
+        from pfsurgery.kernels.cuda_bottleneck import bottleneck
+
+        assert self.columns is not None
+        assert self.expand.bias is not None
+        if self.reduce is not None:
+            x = self.reduce(x)
+        middle = self.expand if self.waist is None else self.waist
+        made = bottleneck(
+            x,
+            self.columns.pooled(x),
+            self.columns.taps(x),
+            self.columns.geometry.output_size((x.shape[-2], x.shape[-1])),
+            self.columns.geometry.stride,
+            _matrix(middle)[self.columns.taps_first.to(x.device)],
+            None if self.waist is None else _matrix(self.expand).contiguous(),
+            self.expand.bias.detach(),
+            relu=self.relu,
+        )
+        return made.contiguous() if x.is_contiguous() else made
 
     def _middle(self, x: Tensor) -> Tensor:
         """The columns and the first product behind them, or the thin convolution."""

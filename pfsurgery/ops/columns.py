@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import reduce
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pfsurgery.ops.window import Window, in_layout_of
-from pfsurgery.sites import Geometry
+from pfsurgery.sites import Geometry, Pair
 from pfsurgery.structure import Run
+
+if TYPE_CHECKING:
+    from pfsurgery.kernels.cuda_bottleneck import Taps
 
 
 class Columns(nn.Module):
@@ -40,6 +44,7 @@ class Columns(nn.Module):
         self.register_buffer(
             "order", order if in_order and not sorted_already else None, persistent=False
         )
+        self._taps: dict[tuple[Pair, torch.device], Taps] = {}
         self.geometry = geometry
         self.window = Window.of(geometry)
         self.runs = runs
@@ -95,6 +100,30 @@ class Columns(nn.Module):
             added.append(F.conv2d(torch.cat(maxima, 1), weight))
         total: Tensor = reduce(torch.add, added)
         return total
+
+    @property
+    def taps_first(self) -> Tensor:
+        """Indices of all columns, those that are taps before those that are pooled."""
+        kinds = [run.kind == "tap" for run in self.runs for _ in run.channels]
+        return torch.tensor(kinds).logical_not().int().argsort(stable=True)
+
+    def taps(self, x: Tensor) -> Taps:
+        """Where the columns of (N, C, H, W) that are taps are read, on the device of `x`."""
+        from pfsurgery.kernels.cuda_bottleneck import taps_of
+
+        size = (x.shape[-2], x.shape[-1])
+        if (size, x.device) not in self._taps:
+            self._taps[size, x.device] = taps_of(self.runs, self.geometry, size, x.device)
+        return self._taps[size, x.device]
+
+    def pooled(self, x: Tensor) -> Tensor | None:
+        """The columns of (N, C, H, W) that are not taps, (N, P, H', W'), None if all are."""
+        made = [
+            self._pooled(self._channels(x, place), run)
+            for place, run in enumerate(self.runs)
+            if run.kind != "tap"
+        ]
+        return torch.cat(made, dim=1) if made else None
 
     def _scattered(self, terms: list[tuple[Run, Tensor]], inputs: int) -> Tensor:
         """The kernel (outputs, inputs, kh, kw) that multiplies sums of taps by their products."""

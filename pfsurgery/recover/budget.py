@@ -42,6 +42,7 @@ from pfsurgery.recover.target import input_moments, site_operations
 from pfsurgery.sites import Site
 
 _LARGEST_OPTION = 0.85  # of the convolution's cost; a form that saves less is not worth having
+_POSITIONS = POSITIONS // 2  # looked at to choose forms; the fits look at all
 _MEMORY = 1 << 31  # bytes of Gram matrices that are held at once, about
 _PARAMETER_FREE: tuple[Form, ...] = ("columns", "waist", "bottleneck", "mixed")
 # With thin bottlenecks allowed, the mixed form is hardly ever chosen and takes longest to fit.
@@ -137,7 +138,7 @@ class Budget:
         mixing = [site for site in sites if site.kind != "depthwise"]
         for group in _in_memory(mixing):
             ops = [site_operations(site) for site in group]
-            moments = input_moments(teacher, group, batches, ops, POSITIONS, looked)
+            moments = input_moments(teacher, group, batches, ops, _POSITIONS, looked)
             for site, o in zip(tracked(group, "finding forms"), ops, strict=True):
                 screen = looked.get(site.name)
                 found = _options(teacher, site, moments.pop(0), o, self.forms, screen)

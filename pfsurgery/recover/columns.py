@@ -111,7 +111,10 @@ def operations(window: Window, *, reach: int = 1, pools: bool = True) -> tuple[O
 
 
 class _Reader:
-    """Reads taps of an input at chosen output positions, one row of channels a position."""
+    """Reads taps of an input at chosen output positions, one row of channels a position.
+
+    Taps that are columns themselves are read once, for the averages over them too.
+    """
 
     def __init__(self, x: Tensor, window: Window, positions: Tensor | None) -> None:
         top, bottom, left, right = window.padding
@@ -126,9 +129,12 @@ class _Reader:
         self.image = positions // (self.rows * self.columns)
         self.y = positions // self.columns % self.rows * window.stride[0]
         self.x = positions % self.columns * window.stride[1]
+        self.read: dict[tuple[int, int], Tensor] = {}
 
     def tap(self, i: int, j: int) -> Tensor:
         """The (P, C) values under kernel tap (i, j)."""
+        if (i, j) in self.read:
+            return self.read[i, j]
         height, width = self.padded.shape[1:3]
         row = self.y + i * self.window.dilation[0]
         column = self.x + j * self.window.dilation[1]
@@ -145,10 +151,14 @@ class _Reader:
     def apply(self, operation: Operation) -> Tensor:
         """The (P, C) values of one operation on every channel."""
         if operation.kind == "tap":
-            return self.tap(operation.top, operation.left)
+            at = (operation.top, operation.left)
+            self.read[at] = self.tap(*at)
+            return self.read[at]
         inside = [self.inside(i, j) for i, j in operation.taps]
         if operation.kind == "average":
-            total = torch.stack([self.tap(i, j) for i, j in operation.taps]).sum(0)
+            total = self.tap(*operation.taps[0]).clone()
+            for at in operation.taps[1:]:
+                total += self.tap(*at)
             return total / torch.stack(inside).sum(0).clamp(min=1)
         values = [
             self.tap(i, j).masked_fill(~within, -torch.inf)

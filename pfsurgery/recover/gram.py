@@ -10,6 +10,7 @@ from torch import Tensor
 from pfsurgery.errors import DataError
 
 _ROWS = 4096  # of one product: few enough that float32 rounding stays near 1e-6
+_ENOUGH = 1024  # rows that are worth a product
 _BLOCK = 512
 _DOUBLE = 2048  # up to this many columns products are float64: twice the time, and exact
 
@@ -101,7 +102,7 @@ class MomentSum:
     difference is 1e-6 of the largest variance, which matters only to (nearly) singular matrices.
     Both sides are shifted by the mean of the first batch, so that a large mean costs no digits.
     Only blocks on and above the diagonal of the Gram matrix are computed. Memory is
-    8 (K^2 + K M + M^2) bytes and one chunk.
+    8 (K^2 + K M + M^2) bytes and one chunk, and up to 1,024 rows that wait for more.
 
     Args:
         columns: Number of columns K.
@@ -118,6 +119,7 @@ class MomentSum:
         self._target_sum = torch.zeros(targets, dtype=torch.float64)
         self._column_shift: Tensor | None = None
         self._target_shift: Tensor | None = None
+        self._waiting: list[tuple[Tensor, Tensor]] = []
         self.count = 0
 
     def add(self, columns: Tensor, targets: Tensor | None = None) -> None:
@@ -147,6 +149,17 @@ class MomentSum:
                 )
         if not len(columns):
             return
+        self.count += len(columns)
+        self._waiting.append((columns, targets))
+        if sum(len(rows) for rows, _ in self._waiting) >= _ENOUGH:
+            self._add_waiting()
+
+    def _add_waiting(self) -> None:
+        """Multiply what has come in: a few rows at a time would only move the Gram matrix about."""
+        if not self._waiting:
+            return
+        columns, targets = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+        self._waiting.clear()
         if self._column_shift is None or self._target_shift is None:
             self._column_shift = columns.mean(0)
             self._target_shift = targets.mean(0)
@@ -154,7 +167,6 @@ class MomentSum:
         for first in range(0, len(columns), _ROWS):
             x = columns[first : first + _ROWS].to(kind) - self._column_shift
             self._add_chunk(x, targets[first : first + _ROWS].to(kind) - self._target_shift)
-        self.count += len(columns)
 
     def _add_chunk(self, x: Tensor, y: Tensor) -> None:
         self._column_sum += x.sum(0, dtype=torch.float64)
@@ -173,6 +185,7 @@ class MomentSum:
         Raises:
             DataError: Nothing was added.
         """
+        self._add_waiting()
         if not self.count or self._column_shift is None or self._target_shift is None:
             raise DataError("No positions were added: pass at least one image.")
         x, y = self._column_sum / self.count, self._target_sum / self.count
