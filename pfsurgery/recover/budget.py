@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from pfsurgery.recover.columns import Operation
 from pfsurgery.recover.device import choose_by_latency
 from pfsurgery.recover.fit import Form
 from pfsurgery.recover.gram import Moments
+from pfsurgery.recover.groups import in_memory
 from pfsurgery.recover.hull import spend
 from pfsurgery.recover.options import Option, site_moments, site_options
 from pfsurgery.recover.polish import polish
@@ -136,7 +137,7 @@ class Budget:
             for name, fit in channel_fits(teacher, depthwise, batches).items():
                 choices[name].append(Option("bare", (len(fit.ops),), 0.0, fit.error))
         mixing = [site for site in sites if site.kind != "depthwise"]
-        for group in _in_memory(mixing):
+        for group in in_memory(mixing, _gram_bytes, _MEMORY):
             ops = [site_operations(site) for site in group]
             moments = input_moments(teacher, group, batches, ops, _POSITIONS, looked)
             for site, o in zip(tracked(group, "finding forms"), ops, strict=True):
@@ -299,20 +300,10 @@ def _unscreened_options(site: Site, options: Sequence[Option], screen: Screen) -
     return [option for option in dearer if option.macs < most]
 
 
-def _in_memory(sites: Sequence[Site]) -> Iterator[list[Site]]:
-    """The sites in groups whose Gram matrices fit into memory together."""
-    group: list[Site] = []
-    held = 0
-    for site in sites:
-        columns = min(len(site_operations(site)) * site.geometry.in_channels, MOST_COLUMNS)
-        size = 2 * 8 * columns**2  # while it is summed, and as a result
-        if group and held + size > _MEMORY:
-            yield group
-            group, held = [], 0
-        group.append(site)
-        held += size
-    if group:
-        yield group
+def _gram_bytes(site: Site) -> int:
+    """Memory of a site's Gram matrix while it is summed, and as a result."""
+    columns = min(len(site_operations(site)) * site.geometry.in_channels, MOST_COLUMNS)
+    return 2 * 8 * columns**2
 
 
 def _with_time(decision: Decision, costs: Sequence[float], place: int) -> Decision:

@@ -21,6 +21,7 @@ from pfsurgery.recover.channels import ChannelFit, ChannelSums, fold_into_norm
 from pfsurgery.recover.columns import Operation, kernel_columns
 from pfsurgery.recover.fit_columns import fit_bare
 from pfsurgery.recover.gram import sample_positions
+from pfsurgery.recover.groups import in_memory
 from pfsurgery.recover.options import Option, fit_option, site_moments
 from pfsurgery.recover.progress import tracked
 from pfsurgery.recover.refit import refit_layer
@@ -107,26 +108,12 @@ def _goals(
     teacher: nn.Module, aims: Sequence[_Aim], batches: Sequence[Tensor]
 ) -> Iterator[list[Tensor]]:
     """The original's rows for each aim, from as few passes as their memory allows."""
-    for group in _in_memory(aims):
+    for group in in_memory(aims, lambda aim: 4 * POSITIONS * len(aim.how.weights), _MEMORY):
         read = [aim for aim in group if aim.site.kind != "depthwise"]
         places = [aim.site for aim in read], [aim.layer for aim in read], [aim.how for aim in read]
         rows = goal_rows(teacher, *places, batches, POSITIONS) if read else []
         for aim in group:
             yield rows.pop(0) if aim.site.kind != "depthwise" else []
-
-
-def _in_memory(aims: Sequence[_Aim]) -> Iterator[list[_Aim]]:
-    group: list[_Aim] = []
-    held = 0
-    for aim in aims:
-        size = 4 * POSITIONS * len(aim.how.weights)
-        if group and held + size > _MEMORY:
-            yield group
-            group, held = [], 0
-        group.append(aim)
-        held += size
-    if group:
-        yield group
 
 
 def site_kernel(teacher: nn.Module, site: Site, ops: Sequence[Operation]) -> Tensor:
