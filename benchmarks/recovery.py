@@ -61,6 +61,7 @@ IMAGES = (128, 500, 2000, 5000)
 SWEPT = ("budget", "data-aware Tucker-2", "Torch-Pruning, our refit")
 STEPS = (200, 1000)
 BATCHES = (1, 8, 128)
+ASKED = (8, 128)  # batches that a budget of time is asked for
 SHARES = (70, 50, 35)  # percent of the original's time
 Row = dict[str, object]
 
@@ -263,7 +264,7 @@ def in_turns(bench: Bench, fast: nn.Module, batch: int) -> Row:
 def ask_for_time(bench: Bench) -> None:
     """Budgets of time: what was asked for, what was measured end to end, and the accuracy."""
     images = list(base_nets.normalise(bench.train[:2000]).split(250))
-    for batch, share in product((8, 128), SHARES):
+    for batch, share in product(bench.args.batch or ASKED, bench.args.share or SHARES):
         key: Row = {"stage": "asked", "share": share, "batch": batch}
         if bench.store.has(**key) or not bench.in_time():
             continue
@@ -273,10 +274,12 @@ def ask_for_time(bench: Bench) -> None:
         start = time.perf_counter()
         fast = pfsurgery.convert(bench.model, policy, images=images)
         seconds = time.perf_counter() - start
-        torch.save(fast, bench.cache / f"latency_{share}_{batch}.pt")
-        macs = count(fast, bench.image).macs / 1e6
-        row = {"mmacs": macs, "top1": bench.judge(fast), "seconds": seconds}
-        bench.store.add({**key, **row, **in_turns(bench, fast, batch)})
+        row = {"mmacs": count(fast, bench.image).macs / 1e6, "seconds": seconds}
+        row |= {"top1": bench.judge(fast), **in_turns(bench, fast, batch)}
+        steps, rate = STEPS[0], RATES[1]
+        trained = distilled(fast, bench.model, bench.train, steps, rate)
+        row |= {"steps": steps, "rate": rate, "top1_after_steps": bench.judge(trained)}
+        bench.store.add({**key, **row})
 
 
 def distil_all(bench: Bench) -> None:
@@ -342,6 +345,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with train.tar, val.tar")
     parser.add_argument("--method", action="append", choices=list(METHODS), help="only these")
     parser.add_argument("--budget", action="append", type=float, help="only these, in MMACs")
+    parser.add_argument("--share", action="append", type=int, help="percent of the time asked for")
+    parser.add_argument("--batch", action="append", type=int, help="batches it is asked for")
     parser.add_argument("--steps", action="append", type=int, help="of distillation")
     parser.add_argument("--rate", action="append", type=float, help="only these peak rates")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no row after these")
