@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pfsurgery.errors import ShapeError
+from pfsurgery.kernels import bottleneck_arguments as at
 from pfsurgery.kernels.cpu import compiled
 from pfsurgery.kernels.memory import output
 from pfsurgery.kernels.threads import run, threads
@@ -22,11 +23,7 @@ from pfsurgery.structure import Run, Structure
 _BLOCK = 65536  # numbers of scratch memory for one block: a part of the second-level cache
 _PROGRAMS = 8  # image sizes that a bottleneck remembers
 _SIZE = 4  # bytes of a number
-# Arguments of `loops_bottleneck` that change from call to call; the others are in `_program`.
-_UNITS, _SOURCE, _TARGET, _SCRATCH = 1, 3, 4, 5
-_REDUCE, _MIDDLE, _EXPAND, _BIAS, _ZEROS, _RELU = range(7, 13)
-_IN_PLACE, _COPY, _REDUCTION = range(3)
-_Arguments = ctypes.c_int64 * 44
+_Arguments = ctypes.c_int64 * at.ARGUMENTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,14 +136,14 @@ def _run(program: Program, weights: Weights, x: Tensor, relu: bool) -> Tensor:
     scratch = torch.empty(wanted * program.scratch, dtype=x.dtype)
     last = weights.middle if weights.expand is None else weights.expand
     arguments = _Arguments.from_buffer_copy(program.arguments)
-    arguments[_UNITS] = units
-    arguments[_SOURCE], arguments[_TARGET] = x.data_ptr(), out.data_ptr()
-    arguments[_SCRATCH] = scratch.data_ptr()
+    arguments[at.UNITS] = units
+    arguments[at.SOURCE], arguments[at.TARGET] = x.data_ptr(), out.data_ptr()
+    arguments[at.SCRATCH] = scratch.data_ptr()
     if weights.reduce is not None:
-        arguments[_REDUCE] = weights.reduce.data_ptr()
-    arguments[_MIDDLE], arguments[_EXPAND] = weights.middle.data_ptr(), last.data_ptr()
-    arguments[_BIAS], arguments[_ZEROS] = weights.bias.data_ptr(), weights.zeros.data_ptr()
-    arguments[_RELU] = relu
+        arguments[at.REDUCE] = weights.reduce.data_ptr()
+    arguments[at.WEIGHTS], arguments[at.EXPAND] = weights.middle.data_ptr(), last.data_ptr()
+    arguments[at.BIAS], arguments[at.ZEROS] = weights.bias.data_ptr(), weights.zeros.data_ptr()
+    arguments[at.RELU] = relu
     run(compiled("loops_bottleneck", "bottleneck_float32"), ctypes.addressof(arguments), wanted)
     return out
 
@@ -188,7 +185,7 @@ class _Sizes:
     def scratch(self, block: int) -> tuple[int, int, int]:
         """Numbers of scratch memory: what is held, the waist, the rows of a pool."""
         rows = self.held_rows(block)
-        held = 0 if self.fill == _IN_PLACE else rows * self.held_columns * self.width
+        held = 0 if self.fill == at.IN_PLACE else rows * self.held_columns * self.width
         return (
             held,
             block * self.columns * self.waist,
@@ -206,9 +203,9 @@ def _sizes(geometry: Geometry, structure: Structure, rows: int, columns: int) ->
         )
     pooled = [len(run.channels) for run in structure.runs if run.kind != "tap"]
     if structure.reduce:
-        fill = _REDUCTION
+        fill = at.REDUCTION
     else:
-        fill = _COPY if pooled or padded != (rows, columns) else _IN_PLACE
+        fill = at.COPY if pooled or padded != (rows, columns) else at.IN_PLACE
     inputs = _whole(structure.reduce) if structure.reduce else geometry.in_channels
     return _Sizes(
         top=top,
@@ -235,26 +232,50 @@ def _program(
         block = -(-block // 2)
     held, waist, pools = sizes.scratch(block)
     tables = _tables(geometry, structure, sizes, block, columns)
-    count, runs = len(tables[6]), len(tables[7])
+    columns_read, pooled_runs = tables[_TABLES.index(at.TABLE)], tables[_TABLES.index(at.POOLS)]
     blocks, outputs = -(-sizes.rows // block), geometry.out_channels
-    arguments = _Arguments(
-        *(0, 0, 0, 0, 0, 0, (held + waist + pools) * _SIZE),
-        *(0, 0, 0, 0, 0, 0),
-        *(table.data_ptr() for table in tables),
-        *(blocks, block, rows, columns, geometry.in_channels, sizes.rows, sizes.columns, outputs),
-        *(sizes.stride, sizes.top, sizes.left, sizes.held_rows(block)),
-        *(sizes.held_columns, sizes.width, sizes.fill),
-        *(_whole(structure.reduce or 0), count, structure.waist or 0, sizes.waist),
-        *(held * _SIZE, runs, (held + waist) * _SIZE),
-    )
+    arguments = _Arguments()
+    for place, value in {
+        at.SCRATCH_SIZE: (held + waist + pools) * _SIZE,
+        **dict(zip(_TABLES, (table.data_ptr() for table in tables), strict=True)),
+        at.BLOCKS: blocks,
+        at.BLOCK_ROWS: block,
+        at.ROWS: rows,
+        at.COLUMNS: columns,
+        at.CHANNELS: geometry.in_channels,
+        at.TARGET_ROWS: sizes.rows,
+        at.TARGET_COLUMNS: sizes.columns,
+        at.OUTPUTS: outputs,
+        at.STRIDE: sizes.stride,
+        at.TOP: sizes.top,
+        at.LEFT: sizes.left,
+        at.HELD_ROWS: sizes.held_rows(block),
+        at.HELD_COLUMNS: sizes.held_columns,
+        at.WIDTH: sizes.width,
+        at.FILL: sizes.fill,
+        at.REDUCED: _whole(structure.reduce or 0),
+        at.COUNT: len(columns_read),
+        at.WAIST: structure.waist or 0,
+        at.WAIST_WIDTH: sizes.waist,
+        at.WAIST_SCRATCH: held * _SIZE,
+        at.POOL_COUNT: len(pooled_runs),
+        at.POOL_SCRATCH: (held + waist) * _SIZE,
+    }.items():
+        arguments[place] = value
     shape = (outputs, sizes.rows, sizes.columns)
     return Program(bytes(arguments), tables, shape, blocks, held + waist + pools)
+
+
+_TABLES = (
+    *(at.PIXELS, at.HELD_PIXELS, at.POSITIONS, at.TARGET_PIXELS, at.WAIST_PIXELS),
+    *(at.RAMP, at.TABLE, at.POOLS, at.LISTS),
+)
 
 
 def _tables(
     geometry: Geometry, structure: Structure, sizes: _Sizes, block: int, columns: int
 ) -> tuple[Tensor, ...]:
-    """The tables in the order of the kernel's arguments; offsets are in bytes."""
+    """The tables in the order of `_TABLES`; offsets are in bytes."""
     inputs, width, rows = geometry.in_channels, sizes.width, sizes.held_rows(block)
     down, across = geometry.stride
     made = block * sizes.columns
@@ -305,6 +326,7 @@ def _columns(
 
 
 def _pool(run_: Run, geometry: Geometry, listed: int, place: int) -> list[int]:
+    """A pooled run as the kernel reads it, from `at.MAXIMUM` to `at.PLACE`."""
     return [
         *(int(run_.kind == "maximum"), run_.top, run_.left, run_.height, run_.width),
         *(geometry.stride[1], len(run_.channels), listed, place),

@@ -1,0 +1,22 @@
+"""What `loops_bottleneck` is told, and where: shared with `fused`, which must not import Numba.
+
+Numba's cache on disk does not notice a change here: who makes one changes `loops_bottleneck` too.
+"""
+
+# Places in the block of 64-bit integers that the entry point reads its arguments from. The first
+# is counted up by the threads.
+COUNTER, UNITS, THREAD, SOURCE, TARGET, SCRATCH, SCRATCH_SIZE = range(7)
+REDUCE, WEIGHTS, EXPAND, BIAS, ZEROS, RELU = range(7, 13)
+PIXELS, HELD_PIXELS, POSITIONS, TARGET_PIXELS, WAIST_PIXELS = range(13, 18)
+RAMP, TABLE, POOLS, LISTS = range(18, 22)
+BLOCKS, BLOCK_ROWS, ROWS, COLUMNS, CHANNELS = range(22, 27)
+TARGET_ROWS, TARGET_COLUMNS, OUTPUTS = range(27, 30)
+STRIDE, TOP, LEFT, HELD_ROWS, HELD_COLUMNS, WIDTH, FILL = range(30, 37)
+REDUCED, COUNT, WAIST, WAIST_WIDTH = range(37, 41)
+WAIST_SCRATCH, POOL_COUNT, POOL_SCRATCH = range(41, 44)
+ARGUMENTS = 44
+IN_PLACE, COPY, REDUCTION = range(3)
+# Places in the row of integers that describes a pooled run of columns.
+MAXIMUM, FIRST_ROW, FIRST_COLUMN, POOL_HEIGHT, POOL_WIDTH = range(5)
+COLUMN_STRIDE, POOLED, LIST, PLACE = range(5, 9)
+POOL = 9
