@@ -24,8 +24,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pfsurgery.errors import ShapeError, SurgeryError
+from pfsurgery.sites import convolves
 
-_CONVOLUTIONS = {torch.conv2d, nn.functional.conv2d}
+_CONVOLUTIONS = {
+    *(torch.conv1d, torch.conv2d, torch.conv3d),
+    *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
+}
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -35,6 +39,30 @@ _HOOKS = (
     "_forward_pre_hooks_with_kwargs",
     "_forward_hooks_always_called",
 )
+
+# Set by transformers on a model that has run: the hooks which collect its hidden states are in
+# place. A shadow, whose hooks are gone, has to set them up again.
+_HOOKED = "_output_capturing_hooks_installed"
+
+
+@dataclass(frozen=True, slots=True)
+class Orphan:
+    """A call of `conv2d` or one of its kin that no convolution module made.
+
+    Attributes:
+        owner: Path of the module whose code made it.
+        function: Name of the function.
+        weight_shape: (outputs, inputs / groups, kernel height, kernel width), the first two the
+            other way round of a transposed one.
+        input_shape: Shape of what it read.
+        output_shape: Shape of what it made.
+    """
+
+    owner: str
+    function: str
+    weight_shape: tuple[int, ...]
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
 
 
 @dataclass
@@ -48,8 +76,8 @@ class GraphView:
             module that made the call), `shape` of the first tensor it returns, and `in_shape` of
             the first that it reads.
         modules: The shadow's modules by path. Tensors in it have no storage.
-        orphans: (owner path, weight shape, input shape, output shape) of each `conv2d` call with a
-            kernel larger than one pixel that no `nn.Conv2d` made.
+        orphans: Calls of convolution functions, with a kernel larger than one pixel, that no
+            convolution module made.
         foreign_reads: Paths of modules whose weight another module's code reads, with the reader.
         output: What the model returned, with a (shape, dtype) in place of each tensor.
         by_value: The model had to run on real values, so that shapes may depend on them.
@@ -57,9 +85,7 @@ class GraphView:
 
     graph: fx.Graph
     modules: dict[str, nn.Module]
-    orphans: list[tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = field(
-        default_factory=list
-    )
+    orphans: list[Orphan] = field(default_factory=list)
     foreign_reads: dict[str, str] = field(default_factory=dict)
     output: Any = None
     by_value: bool = False
@@ -180,6 +206,7 @@ def shadow_of(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Modul
     for module in shadow.modules():
         for hooks in _HOOKS:
             getattr(module, hooks, {}).clear()
+        module.__dict__.pop(_HOOKED, None)
     return shadow.eval()
 
 
@@ -217,14 +244,15 @@ def described(value: Any) -> Any:
 def is_norm(module: nn.Module) -> bool:
     """Whether `module` is a norm, going by its class's name; `ConvNorm` blocks are not."""
     return "norm" in type(module).__name__.lower() and not any(
-        isinstance(inner, nn.Conv2d | nn.Linear) for inner in module.modules()
+        isinstance(inner, nn.Linear) or convolves(inner) for inner in module.modules()
     )
 
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether a call of `module` is one node of the graph view."""
     return (
-        isinstance(module, nn.Conv2d | nn.Linear)
+        isinstance(module, nn.Linear)
+        or convolves(module)
         or is_norm(module)
         or next(module.children(), None) is None
     )
@@ -256,7 +284,7 @@ class _Recorder(TorchFunctionMode):
         self._weights = {
             id(parameter): path
             for path, module in modules.items()
-            if isinstance(module, nn.Conv2d)
+            if convolves(module)
             for parameter in module._parameters.values()
             if parameter is not None
         }
@@ -286,19 +314,25 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        if func in _CONVOLUTIONS and not isinstance(self._leaf, nn.Conv2d):
-            self._add_orphan(args, kwargs, output)
+        if func in _CONVOLUTIONS and (self._leaf is None or not convolves(self._leaf)):
+            self._add_orphan(func, args, kwargs, output)
         if self._leaf is None:
             self.add("call_function", func, (args, kwargs), output)
             self._note_foreign_reads(args, kwargs)
         return output
 
-    def _add_orphan(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    def _add_orphan(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Tensor,
+    ) -> None:
         weight = args[1] if len(args) > 1 else kwargs["weight"]
         source = args[0] if args else kwargs["input"]
         if max(weight.shape[2:]) > 1:
             shapes = (tuple(weight.shape), tuple(source.shape), tuple(output.shape))
-            self.view.orphans.append((self._stack[-1], *shapes))
+            self.view.orphans.append(Orphan(self._stack[-1], function.__name__, *shapes))
 
     def _note_foreign_reads(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for leaf in tree_leaves((args, kwargs)):

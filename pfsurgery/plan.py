@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pfsurgery.errors import PolicyError, UnsupportedSiteError
-from pfsurgery.ops import get_op
+from pfsurgery.ops import Op, Support, get_op
 from pfsurgery.policy import KEEP, Policy, Rule, SitePolicy, Tail
 from pfsurgery.select import Patterns, Where, check_patterns, matches
 from pfsurgery.sites import Site
@@ -117,7 +117,7 @@ def decide(
         elif site.output:
             why_not = "it feeds the model's output"
     if why_not is None:
-        support = op.supports(site)
+        support = _support(op, site)
         why_not = None if support else f"{rule.op}: {support.reason}"
     pointwise = not (op.keeps_convolution or op.fitted) and needs_pointwise(site)
     if why_not is None and pointwise and mixing == "never":
@@ -125,6 +125,12 @@ def decide(
     if why_not is not None:
         return Decision(site, KEEP, reason=why_not)
     return Decision(site, rule.op, pointwise, rule.tail, _why(site, pointwise))
+
+
+def _support(op: Op, site: Site) -> Support:
+    if op.fitted and site.geometry.dims != 2:
+        return Support(f"fitted bottlenecks are for images, and this one is {site.geometry.dims}-D")
+    return op.supports(site)
 
 
 def needs_pointwise(site: Site) -> bool:

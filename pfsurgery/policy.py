@@ -67,7 +67,7 @@ class Rule:
         facts = (
             (self.kind, site.kind),
             (self.depth, "deep" if site.depth >= 0.5 else "shallow"),
-            (self.stride, geometry.stride != (1, 1)),
+            (self.stride, geometry.strided),
             (self.bottleneck, site.bottleneck),
             (self.same_channels, geometry.in_channels == geometry.out_channels),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from pfsurgery.modules import get_module, set_module
 from pfsurgery.ops import get_op
 from pfsurgery.ops.bottleneck import fitted_module
 from pfsurgery.plan import Decision
-from pfsurgery.sites import geometry_of
+from pfsurgery.sites import Convolution, geometry_of
 
 _HOOKS = (
     "_forward_hooks",
@@ -35,6 +36,8 @@ _GEOMETRY = (
     "groups",
     "padding_mode",
 )
+
+_CLASSES: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 Undo = list[tuple[str, nn.Module]]
 
@@ -85,11 +88,11 @@ def _paths_of(model: nn.Module, module: nn.Module) -> list[str]:
     return [path for path, m in model.named_modules(remove_duplicate=False) if m is module]
 
 
-def _convolution_at(model: nn.Module, decision: Decision) -> nn.Conv2d:
+def _convolution_at(model: nn.Module, decision: Decision) -> Convolution:
     site = decision.site
     modules = [get_module(model, name) for name in site.names]
     conv = modules[0]
-    if not isinstance(conv, nn.Conv2d):
+    if not isinstance(conv, Convolution):
         raise RecordMismatchError(
             f"{site.name} should be a convolution but is a {type(conv).__name__}; "
             f"was the model converted already?"
@@ -105,7 +108,7 @@ def _convolution_at(model: nn.Module, decision: Decision) -> nn.Conv2d:
     return conv
 
 
-def _build(decision: Decision, conv: nn.Conv2d) -> nn.Module:
+def _build(decision: Decision, conv: Convolution) -> nn.Module:
     if decision.structure is not None:
         fitted = fitted_module(decision.site.geometry, decision.structure)
         return fitted.to(conv.weight.device, conv.weight.dtype)
@@ -118,10 +121,10 @@ def _build(decision: Decision, conv: nn.Conv2d) -> nn.Module:
     return module
 
 
-def _at_stride_one(conv: nn.Conv2d) -> nn.Conv2d:
+def _at_stride_one(conv: Convolution) -> Convolution:
     geometry = geometry_of(conv)
     with torch.device("meta"):
-        moved = nn.Conv2d(
+        moved: Convolution = _CLASSES[geometry.dims](
             conv.in_channels,
             conv.out_channels,
             geometry.kernel_size,
@@ -136,10 +139,10 @@ def _at_stride_one(conv: nn.Conv2d) -> nn.Conv2d:
     return moved
 
 
-def _pointwise(conv: nn.Conv2d) -> nn.Conv2d:
+def _pointwise(conv: Convolution) -> Convolution:
     """A 1x1 convolution that does to a constant image what `conv` does: its taps summed."""
     with torch.device("meta"):
-        pointwise = nn.Conv2d(
+        pointwise: Convolution = _CLASSES[len(conv.kernel_size)](
             conv.in_channels,
             conv.out_channels,
             1,
@@ -148,14 +151,15 @@ def _pointwise(conv: nn.Conv2d) -> nn.Conv2d:
         )
     with torch.no_grad():
         pointwise.weight = nn.Parameter(
-            conv.weight.sum(dim=(2, 3), keepdim=True), requires_grad=conv.weight.requires_grad
+            conv.weight.sum(dim=tuple(range(2, conv.weight.ndim)), keepdim=True),
+            requires_grad=conv.weight.requires_grad,
         )
         if conv.bias is not None:
             pointwise.bias = nn.Parameter(conv.bias.clone(), requires_grad=conv.bias.requires_grad)
     return pointwise
 
 
-def _inherit(replacement: nn.Module, conv: nn.Conv2d) -> None:
+def _inherit(replacement: nn.Module, conv: Convolution) -> None:
     """Take over train flag and hooks, and the geometry, which a model's own code may read."""
     replacement.train(conv.training)
     for name in _GEOMETRY:
