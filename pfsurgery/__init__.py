@@ -1,6 +1,7 @@
 """Make trained vision models faster: swap spatial convolutions for parameter-free operations."""
 
 from pfsurgery import kernels
+from pfsurgery.attention import register_attention
 from pfsurgery.base import Base, set_base
 from pfsurgery.checkpoint import load, save
 from pfsurgery.convert import convert, convert_, plan
@@ -59,6 +60,7 @@ __all__ = [
     "recalibrate",
     "reconstruct",
     "record",
+    "register_attention",
     "register_convolution",
     "register_op",
     "register_policy",

@@ -54,7 +54,7 @@ def plan(
     """
     chosen = get_policy(policy)
     return make_plan(
-        scan(model, example),
+        scan(model, example, attention=chosen.attention),
         chosen,
         include=include,
         exclude=exclude,

@@ -65,6 +65,25 @@ class Orphan:
     output_shape: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One call of a module that is not a leaf.
+
+    Attributes:
+        source: The node that made its first tensor, None where that is not known.
+        in_shape: Shape of its first tensor.
+        out_shape: Shape of the first tensor that it returned.
+        others: The further tensors that it was given: names of keyword arguments, else places.
+        position: How many nodes the graph had when it returned.
+    """
+
+    source: fx.Node | None
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    others: tuple[str, ...]
+    position: int
+
+
 @dataclass
 class GraphView:
     """What one forward pass did.
@@ -79,6 +98,7 @@ class GraphView:
         orphans: Calls of convolution functions, with a kernel larger than one pixel, that no
             convolution module made.
         foreign_reads: Paths of modules whose weight another module's code reads, with the reader.
+        passes: Calls of modules that are not leaves, by path.
         output: What the model returned, with a (shape, dtype) in place of each tensor.
         by_value: The model had to run on real values, so that shapes may depend on them.
     """
@@ -87,6 +107,7 @@ class GraphView:
     modules: dict[str, nn.Module]
     orphans: list[Orphan] = field(default_factory=list)
     foreign_reads: dict[str, str] = field(default_factory=dict)
+    passes: dict[str, list[Pass]] = field(default_factory=dict)
     output: Any = None
     by_value: bool = False
 
@@ -367,3 +388,23 @@ class _Recorder(TorchFunctionMode):
         if self._leaf is module:
             self._leaf = None
             self.add("call_module", path, (args, kwargs), output)
+        elif self._leaf is None and path:
+            self._add_pass(path, args, kwargs, output)
+
+    def _add_pass(
+        self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        given = {**{str(place): value for place, value in enumerate(args)}, **kwargs}
+        tensors = [(name, t) for name, value in given.items() for t in tensors_in(value, 0)]
+        made = tensors_in(output, 1)
+        if not tensors or not made:
+            return
+        first = tensors[0][1]
+        call = Pass(
+            source=self._node_of.get(first),  # type: ignore[no-untyped-call]
+            in_shape=tuple(first.shape),
+            out_shape=tuple(made[0].shape),
+            others=tuple(name for name, tensor in tensors if tensor is not first),
+            position=len(self.view.graph.nodes),
+        )
+        self.view.passes.setdefault(path, []).append(call)

@@ -35,6 +35,7 @@ _CHANNELWISE = {
 }
 _WINDOW_POOLS: set[Any] = {F.max_pool1d, F.max_pool2d, F.max_pool3d}
 _WINDOW_POOLS |= {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d}
+_VIEWS = {Tensor.view, Tensor.reshape, torch.reshape, Tensor.type_as, torch.flatten, Tensor.flatten}
 _GLOBAL_POOLS = {torch.mean, Tensor.mean, torch.amax, Tensor.amax, torch.sum, Tensor.sum}
 _GLOBAL_POOLS |= {F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d}
 _GLOBAL_POOLS |= {F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d}
@@ -148,6 +149,20 @@ def feeds_output(node: fx.Node, seen: GraphView) -> bool:
             visited.add(user)
             stack.extend(user.users)
     return False
+
+
+def feeds_product(node: fx.Node, seen: GraphView) -> bool:
+    """Whether a matrix product reads `node`, with nothing but views, casts or dropout between."""
+    while len(node.users) == 1:
+        (user,) = node.users
+        if user.op == "output":
+            return False
+        if _is(user, _PRODUCTS_OF_MATRICES):
+            return True
+        if not (_is_channelwise(user, seen) or _is_drop(user, seen) or _is(user, _VIEWS)):
+            return False
+        node = user
+    return any(_is(user, _PRODUCTS_OF_MATRICES) for user in node.users)
 
 
 def _is_global_pool(node: fx.Node, seen: GraphView) -> bool:

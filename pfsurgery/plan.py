@@ -65,7 +65,8 @@ class Decision:
         if self.structure is not None:
             saved = geometry.parameters - self.structure.parameters(geometry)
             return saved + (self.site.neighbours.tail_parameters if self.tail == "drop" else 0)
-        kept = geometry.parameters if get_op(self.op).keeps_convolution else 0
+        op = get_op(self.op)
+        kept = geometry.parameters if op.keeps_convolution else op.parameters(self.site)
         if self.pointwise:
             kept = self._pointwise_macs + (geometry.out_channels if geometry.bias else 0)
         dropped = self.site.neighbours.tail_parameters if self.tail == "drop" else 0
@@ -111,6 +112,8 @@ def decide(
         return Decision(site, KEEP, reason="a rule keeps it")
     op = get_op(rule.op)
     why_not = site.blocked
+    if why_not is None and op.attention != (site.kind == "attention"):
+        why_not = f"{rule.op} takes the place of {'attention' if op.attention else 'convolutions'}"
     if why_not is None and not forced:
         if site.stem:
             why_not = "stem: it reads the model's input"
@@ -119,7 +122,8 @@ def decide(
     if why_not is None:
         support = _support(op, site)
         why_not = None if support else f"{rule.op}: {support.reason}"
-    pointwise = not (op.keeps_convolution or op.fitted) and needs_pointwise(site)
+    mixes = op.keeps_convolution or op.fitted or op.attention
+    pointwise = not mixes and needs_pointwise(site)
     if why_not is None and pointwise and mixing == "never":
         why_not = f"{rule.op} would need a pointwise convolution, and mixing is 'never'"
     if why_not is not None:
@@ -143,6 +147,8 @@ def needs_pointwise(site: Site) -> bool:
 
 def _why(site: Site, pointwise: bool) -> str:
     geometry = site.geometry
+    if site.kind == "attention":
+        return "two linear layers mix the channels"
     if not pointwise:
         after = site.neighbours.pointwise_after
         return f"{after} mixes the channels" if after else "depthwise: channels were never mixed"

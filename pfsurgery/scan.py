@@ -1,4 +1,4 @@
-"""Find the sites of a model: every spatial convolution, with shapes, calls and neighbours."""
+"""Find the sites of a model: spatial convolutions and self-attentions, with what is around them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from math import prod
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
+from pfsurgery.attention import attention_sites
 from pfsurgery.errors import NoSitesError, ShapeError, WrappedModelError
 from pfsurgery.example import Example, example_inputs
 from pfsurgery.graph import GraphView, Orphan, view
@@ -37,7 +38,11 @@ _WRAPPERS = {
 
 
 def scan(
-    model: nn.Module, example: Example | None = None, *, pointwise: bool = False
+    model: nn.Module,
+    example: Example | None = None,
+    *,
+    pointwise: bool = False,
+    attention: bool = False,
 ) -> tuple[Site, ...]:
     """Find every spatial convolution of `model`, in the order of execution.
 
@@ -47,21 +52,38 @@ def scan(
         model: Any `nn.Module`, or a `torch.fx.GraphModule`.
         example: A tensor (N, C, H, W) or a tuple of arguments; see `example_inputs`.
         pointwise: Find the ungrouped 1x1 convolutions too.
+        attention: Find the self-attentions too.
 
     Raises:
         WrappedModelError: The model is wrapped by DDP, FSDP or `torch.compile`.
         ShapeError: The model cannot run on the example.
-        NoSitesError: It has no spatial convolution.
+        NoSitesError: It has no spatial convolution, nor attention where that was asked for.
     """
     refuse_wrapped(model)
     seen = view(modularise(model), example_inputs(model, example))
     sites = _sites_of(seen, is_convolution if pointwise else is_spatial)
-    if not sites:
+    attending = attention_sites(seen) if attention else []
+    if not sites and not attending:
+        also = " or self-attention" if attention else ""
         raise NoSitesError(
-            f"{type(model).__name__} has no spatial convolution (kernel larger than one pixel) "
-            f"that a forward pass reaches: there is nothing to convert."
+            f"{type(model).__name__} has no spatial convolution (kernel larger than one pixel)"
+            f"{also} that a forward pass reaches: there is nothing to convert."
         )
-    return _with_depth(sites)
+    return _in_order(_with_depth(sites) if sites else (), attending, seen)
+
+
+def _in_order(
+    convolutions: tuple[Site, ...], attending: list[tuple[int, Site]], seen: GraphView
+) -> tuple[Site, ...]:
+    """All sites in the order of execution; functional convolutions, of unknown place, last."""
+    if not attending:
+        return convolutions
+    places: dict[str, int] = {}
+    for place, node in enumerate(seen.graph.nodes):
+        places.setdefault(str(node.target), place)
+    last = len(seen.graph.nodes)
+    placed = [(places.get(site.name, last), site) for site in convolutions] + attending
+    return tuple(site for _, site in sorted(placed, key=lambda item: item[0]))
 
 
 def refuse_wrapped(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 Pair = tuple[int, int]
 Size = tuple[int, ...]  # one number an axis: (length,), (height, width) or (depth, height, width)
-Kind = Literal["depthwise", "grouped", "dense", "pointwise"]
+Kind = Literal["depthwise", "grouped", "dense", "pointwise", "attention"]
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
@@ -118,6 +118,53 @@ def _same_padding(size: int, kernel: int, stride: int, dilation: int) -> Pair:
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionGeometry(Geometry):
+    """What a self-attention computes, as a geometry: each token reads the whole grid of tokens.
+
+    `in_channels` and `out_channels` are those of a token, `kernel_size` is the grid.
+
+    Attributes:
+        width: Query, key and value channels together: 3 * `in_channels` as a rule.
+        heads: Number of heads.
+        grid: (rows, columns) of tokens in the image, or in the window that attention is limited
+            to; (0, 0) where the tokens form no grid.
+        prefix: Tokens in front of the grid: class, distillation and register tokens.
+        block: Which attention of its stage it is, counted from 0; a stage is a run of attentions
+            with the same channels and number of tokens.
+        weights: Parameters of the whole module, position tables included.
+    """
+
+    width: int = 0
+    heads: int = 1
+    grid: Pair = (0, 0)
+    prefix: int = 0
+    block: int = 0
+    weights: int = 0
+
+    @property
+    def kind(self) -> Kind:
+        """`"attention"`."""
+        return "attention"
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of the whole module."""
+        return self.weights
+
+    @property
+    def macs_per_position(self) -> int:
+        """Multiply-adds for one token: query, key, value, two products with all, and the output."""
+        inner = self.width // 3
+        tokens = self.grid[0] * self.grid[1] + self.prefix
+        return self.in_channels * self.width + 2 * tokens * inner + inner * self.out_channels
+
+    def __str__(self) -> str:
+        """For example `14x14+1 tokens 192 h3`."""
+        extra = f"+{self.prefix}" if self.prefix else ""
+        return f"{self.grid[0]}x{self.grid[1]}{extra} tokens {self.in_channels} h{self.heads}"
+
+
+@dataclass(frozen=True, slots=True)
 class Neighbours:
     """What stands around a site in the data flow; names are module paths, None where absent.
 
@@ -150,6 +197,9 @@ class Neighbours:
 @dataclass(frozen=True, slots=True)
 class Site:
     """One place where surgery is possible: a spatial convolution (kernel larger than one pixel).
+
+    Or, where those were asked for, a pointwise convolution or a self-attention, whose shapes are
+    those of its tokens: (N, L, C).
 
     Attributes:
         name: Its first module path, as in `named_modules()`.
@@ -187,7 +237,7 @@ class Site:
 
     @property
     def kind(self) -> Kind:
-        """`"depthwise"`, `"grouped"`, `"dense"`, or `"pointwise"` where those were asked for."""
+        """`"depthwise"`, `"grouped"`, `"dense"`; `"pointwise"`, `"attention"` if asked for."""
         return self.geometry.kind
 
     @property
@@ -214,7 +264,8 @@ class Site:
             TypeError: A fact has an unknown name.
         """
         values = {key: _tuples(value) for key, value in values.items()}
-        values["geometry"] = Geometry(**_tuples_inside(values["geometry"]))
+        geometry = _tuples_inside(values["geometry"])
+        values["geometry"] = (AttentionGeometry if "heads" in geometry else Geometry)(**geometry)
         values["neighbours"] = Neighbours(**_tuples_inside(values["neighbours"]))
         return cls(**values)
 
