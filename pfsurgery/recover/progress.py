@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
-
-from pfsurgery.errors import TrainingError
 
 Show = Callable[[int, str], None]
 Write = Callable[[dict[str, Any]], None]
@@ -59,22 +55,3 @@ def tracked(items: Sequence[Item], what: str) -> Iterator[Item]:
         for place, item in enumerate(items):
             yield item
             show(place + 1, what)
-
-
-def json_lines(path: Path | None) -> Write:
-    """A function that appends a record as one JSON line to the file `path`, or does nothing.
-
-    Raises:
-        TrainingError: (the returned function) The line cannot be written.
-    """
-
-    def write(record: dict[str, Any]) -> None:
-        if path is None:
-            return
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise TrainingError(f"Could not write to the log {path}: {error}.") from error
-
-    return write
