@@ -119,10 +119,16 @@ def test_every_setting_is_an_option_with_help(cli):
     assert "(0.001)" in text
 
 
-def test_all_options_together(cli, folder, tmp_path):
+def test_all_options_together_from_a_file_and_the_command_line(cli, folder, tmp_path):
     out = tmp_path / "run"
-    result = cli(*BASE, "--policy", "maxpool_deep", "--data", folder, "--out", out, "--workers", 0,
-                 "--in-memory", *flags(OPTIONS))  # fmt: skip
+    names = list(OPTIONS)
+    on_the_line, in_the_file = names[::2], [*names[1::2], "epochs"]
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(yaml.safe_dump({**{n: OPTIONS[n] for n in in_the_file}, "epochs": 9}))
+    result = cli(
+        *(*BASE, "--policy", "maxpool_deep", "--data", folder, "--out", out, "--workers", 0),
+        *("--in-memory", "--config", settings, *flags({n: OPTIONS[n] for n in on_the_line})),
+    )
     assert result.code == 0, result.err
     assert yaml.safe_load((out / "config.yaml").read_text()) == OPTIONS
     assert [path.name for path in (out / "checkpoints").iterdir()] == [
@@ -137,11 +143,16 @@ def test_all_options_together(cli, folder, tmp_path):
     report = json.loads((out / "report.json").read_text())
     assert json.loads(again.out)["top1"] == report["steps"][-1]["accuracy"]["top1"]
 
-    repeated = cli(*BASE, "--policy", "maxpool_deep", "--data", folder, "--out", tmp_path / "two",
-                   "--workers", 0, "--config", out / "config.yaml", "--epochs", 2)  # fmt: skip
-    assert repeated.code == 0, repeated.err
-    saved = yaml.safe_load((tmp_path / "two" / "config.yaml").read_text())
-    assert saved == {**OPTIONS, "epochs": 2}
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIONS)
+def test_each_option_alone(cli, folder, tmp_path, name):
+    with_folder = {"on_divergence": {"save_every": 1}}
+    given = {**with_folder.get(name, {}), name: OPTIONS[name]}
+    result = cli(*SHORT, "--data", folder, "--out", tmp_path / "run", *flags(given))
+    assert result.code == 0, result.err
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert saved[name] == OPTIONS[name]
 
 
 @pytest.mark.parametrize("name", WRONG)

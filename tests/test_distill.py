@@ -160,7 +160,7 @@ def test_changed_sites_move_further():
             optimizer="sgd", lr=1e-3, changed_lr=factor, batch_size=32, max_steps=1, warmup=0.0
         )
         finetune(fast, train=few(), config=config)
-        return float((fast.layer4[0].conv1.weight - before).norm())
+        return float((fast.layer4[0].conv1.weight.detach() - before).norm())
 
     assert moved(4.0) == pytest.approx(4 * moved(1.0), rel=1e-3)
 
@@ -174,7 +174,7 @@ def test_the_average_is_what_is_kept(trained):
     config = FinetuneConfig(**settings, ema=0.9)
     result = finetune(averaged, train=few(), val=val, config=config)
     assert not torch.equal(plain.head.fc.weight, averaged.head.fc.weight)
-    assert evaluate(averaged, val) == result.last
+    assert evaluate(averaged, val, batch_size=32) == result.last
     distance = (averaged.head.fc.weight - fast.head.fc.weight).norm()
     assert 0 < distance < (plain.head.fc.weight - fast.head.fc.weight).norm()
 
@@ -243,12 +243,12 @@ def test_norms_are_re_estimated_at_the_end():
     result = finetune(fast, train=few(), val=few(64, "val"), teacher=original, config=config)
     assert not torch.equal(fast.bn1.running_mean, without.bn1.running_mean)
     assert torch.equal(fast.fc.weight, without.fc.weight)
-    assert result.last == evaluate(fast, few(64, "val"))
+    assert result.last == evaluate(fast, few(64, "val"), batch_size=32)
 
 
 def test_blocks_are_given_back_until_it_is_enough(trained):
     fast = pfsurgery.convert(trained, "maxpool_all", example=IMAGES[:1])
-    val = digits().val
+    val = few(128, "val")
     goal = evaluate(trained, val).top1
     config = FinetuneConfig(max_steps=2, lr=1e-6, max_drop=2.0)
     result = finetune(fast, train=digits().train, val=val, teacher=trained, config=config)
@@ -286,7 +286,7 @@ def test_a_bound_that_cannot_be_met_is_said(trained, caplog):
 
 def test_a_model_with_blocks_given_back_is_saved(trained, tmp_path):
     fast = pfsurgery.convert(trained, "maxpool_all", example=IMAGES[:1])
-    val = digits().val
+    val = few(128, "val")
     names, _ = give_back(
         fast, trained, lambda: evaluate(fast, val), now=evaluate(fast, val), wanted=95.0
     )
@@ -301,7 +301,7 @@ def test_the_figure(trained, tmp_path):
     fast = pfsurgery.convert(trained, "maxpool_deep", example=IMAGES[:1])
     config = FinetuneConfig(epochs=3, batch_size=32)
     result = finetune(fast, train=few(), val=few(64, "val"), teacher=trained, config=config)
-    assert result.teacher == evaluate(trained, few(64, "val"))
+    assert result.teacher == evaluate(trained, few(64, "val"), batch_size=32)
     result.figure(tmp_path / "curve.png")
     with Image.open(tmp_path / "curve.png") as image:
         assert image.width > 1000

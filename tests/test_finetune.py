@@ -242,8 +242,8 @@ import sys, timm, torch
 from pfsurgery.data import digits
 from pfsurgery.recover import FinetuneConfig, finetune
 torch.manual_seed(0)
-data, model = digits(), timm.create_model("test_resnet", num_classes=10)
-config = FinetuneConfig(batch_size=16, max_steps=4)
+data, model = digits(), timm.create_model("test_convnext", num_classes=10)
+config = FinetuneConfig(batch_size=8, max_steps=20, log_every=1, optimizer="sgd", lr=0.1)
 result = finetune(model, train=data.train, val=data.val, config=config, out=sys.argv[1])
 total = sum(float(parameter.detach().sum()) for parameter in model.parameters())
 print("images", result.last.images, "sum", total, type(model).__name__)
@@ -251,7 +251,7 @@ print("images", result.last.images, "sum", total, type(model).__name__)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would need a GPU for each process")
-def test_two_processes_share_the_work(tmp_path):
+def test_two_processes_are_one_with_the_double_batch(data, tmp_path):
     (tmp_path / "job.py").write_text(TWO_PROCESSES)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
@@ -260,19 +260,26 @@ def test_two_processes_share_the_work(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     first, second = (line for line in done.stdout.splitlines() if line.startswith("images"))
     assert first == second
     assert first.startswith("images 445")
-    assert first.endswith("ResNet")
-    assert [record["kind"] for record in lines(tmp_path / "run")] == [
-        "start",
-        "step",
-        "epoch",
-        "end",
-    ]
+    assert first.endswith("ConvNeXt")
+    records = lines(tmp_path / "run")
+    assert [r["kind"] for r in records] == ["start", *["step"] * 20, "epoch", "end"]
+
+    torch.manual_seed(0)
+    model = timm.create_model("test_convnext", num_classes=10)
+    config = FinetuneConfig(batch_size=16, max_steps=20, log_every=1, optimizer="sgd", lr=0.1)
+    finetune(model, train=data.train, val=data.val, config=config, out=tmp_path / "one")
+    together, alone = (
+        [r["loss"] for r in lines(tmp_path / name) if r["kind"] == "step"]
+        for name in ("run", "one")
+    )
+    assert together == pytest.approx(alone, abs=1e-5)
+    assert max(alone) - min(alone) > 0.05
 
 
 def test_frozen_parameters_stay(model, data):

@@ -182,7 +182,7 @@ def small() -> tuple[nn.Module, TensorDataset]:
     torch.manual_seed(0)
     tensors = digits().train.tensors
     model = timm.create_model("test_convnext", num_classes=10, drop_rate=0.1)
-    return model, TensorDataset(*(tensor[:128] for tensor in tensors))
+    return model, TensorDataset(*(tensor[:64] for tensor in tensors))
 
 
 class Interrupt(Exception):
@@ -203,35 +203,35 @@ class Broken(TensorDataset):
         return super().__getitem__(index)
 
 
-CONFIG = FinetuneConfig(epochs=2, batch_size=32, save_every=2, ema=0.9)
+CONFIG = FinetuneConfig(epochs=2, batch_size=16, save_every=2, ema=0.9)
 
 
 @pytest.mark.parametrize(
     "wrap",
     [
         lambda data: data,
-        lambda data: DataLoader(data, 32, shuffle=True, num_workers=0),
+        lambda data: DataLoader(data, 16, shuffle=True),
         lambda data: DataLoader(
-            data, 32, sampler=torch.utils.data.WeightedRandomSampler([1.0] * 128, 128)
+            data, 16, sampler=torch.utils.data.WeightedRandomSampler([1.0] * 64, 64)
         ),
-        lambda data: DataLoader(data, 32, shuffle=True, generator=torch.Generator().manual_seed(5)),
+        lambda data: DataLoader(data, 16, shuffle=True, generator=torch.Generator().manual_seed(5)),
     ],
     ids=["data set", "loader", "sampler of the user's", "generator of the user's"],
 )
 def test_any_source_can_be_continued(wrap, tmp_path):
     model, data = small()
-    finetune(model, train=wrap(data), config=CONFIG)
+    finetune(model, train=wrap(data), config=CONFIG, out=tmp_path / "whole")
     expected = model.state_dict()
 
     model, data = small()
     with pytest.raises(Interrupt):
-        finetune(model, train=wrap(Broken(data, 170)), config=CONFIG, out=tmp_path)
+        finetune(model, train=wrap(Broken(data, 85)), config=CONFIG, out=tmp_path / "run")
     torch.manual_seed(99)
     model, data = small()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    result = finetune(model, train=wrap(data), config=CONFIG, out=tmp_path, resume=True)
+    result = finetune(model, train=wrap(data), config=CONFIG, out=tmp_path / "run", resume=True)
     assert [entry.step for entry in result.history] == [4, 8]
     assert all(torch.equal(expected[name], value) for name, value in model.state_dict().items())
 
@@ -259,7 +259,7 @@ def test_a_changed_setting_is_named(tmp_path):
 def test_a_run_that_is_not_finished_is_not_overwritten(tmp_path):
     model, data = small()
     with pytest.raises(Interrupt):
-        finetune(model, train=Broken(data, 100), config=CONFIG, out=tmp_path)
+        finetune(model, train=Broken(data, 50), config=CONFIG, out=tmp_path)
     with pytest.raises(TrainingError, match="--resume"):
         finetune(model, train=data, config=CONFIG, out=tmp_path)
 
@@ -332,10 +332,10 @@ class Poisoned:
     def __iter__(self):
         self.visits += 1
         for index in range(4):
-            images = self.images[index * 32 : index * 32 + 32].clone()
+            images = self.images[index * 16 : index * 16 + 16].clone()
             if self.visits <= 2 and index == 2:
                 images[0] = float("nan")
-            yield images, self.labels[index * 32 : index * 32 + 32]
+            yield images, self.labels[index * 16 : index * 16 + 16]
 
 
 def test_rolls_back_with_half_the_rate(tmp_path):
@@ -356,7 +356,7 @@ def test_rolls_back_with_half_the_rate(tmp_path):
 
 def test_rolling_back_ends(tmp_path):
     model, data = small()
-    config = FinetuneConfig(on_divergence="roll_back", optimizer="sgd", lr=1e20, batch_size=32)
+    config = FinetuneConfig(on_divergence="roll_back", optimizer="sgd", lr=1e20, batch_size=16)
     with pytest.raises(TrainingError, match="after 5 roll-backs"):
         finetune(model, train=data, config=config, out=tmp_path)
 
@@ -364,7 +364,7 @@ def test_rolling_back_ends(tmp_path):
 def test_an_exploding_loss_stops(tmp_path):
     model, data = small()
     config = FinetuneConfig(
-        optimizer="sgd", lr=300.0, batch_size=32, warmup=0.9, log_every=1, explosion=3.0, epochs=20
+        optimizer="sgd", lr=300.0, batch_size=16, warmup=0.9, log_every=1, explosion=3.0, epochs=20
     )
     with pytest.raises(TrainingError, match="The loss rose to"):
         finetune(model, train=data, config=config, out=tmp_path)

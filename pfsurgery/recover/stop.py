@@ -6,7 +6,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from pfsurgery.errors import TrainingError
@@ -16,15 +15,14 @@ class StoppedError(TrainingError):
     """The run was asked to end (SIGTERM), and saved where it was.
 
     Args:
-        checkpoint: What it saved.
+        checkpoint: What it saved, in words.
     """
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: str) -> None:
         super().__init__(
             f"Stopped on request; all is saved in {checkpoint}. Continue with --resume "
             f"(resume=True in Python)."
         )
-        self.checkpoint = checkpoint
 
 
 class StopRequest:

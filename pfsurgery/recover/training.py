@@ -122,10 +122,12 @@ class Training:
 
         def after_step(window: Window) -> None:
             due = config.save_every is not None and at.step % config.save_every == 0
-            if due or self._asked(stop, at.step):
+            asked = self._asked(stop, at.step)
+            if due or asked:
                 window.close()
-                self.save(run)
-                self._stop_if_asked(run, stop, at.step)
+                path = self.save(run)
+                if asked:
+                    raise _stopped(path)
 
         record = train_epoch(
             run, at, show=lambda step, text: show(step, text + accuracy), after_step=after_step
@@ -280,11 +282,9 @@ class Training:
         made = torch.tensor(float(stop.made), device=self.accelerator.device)
         return bool(self.accelerator.reduce(made, "sum") > 0)
 
-    def _stop_if_asked(self, run: Run, stop: StopRequest, step: int | None = None) -> None:
-        if self._asked(stop, step):
-            path = self.save(run)
-            assert self.folder is not None
-            raise StoppedError(path or self.folder)
+    def _stop_if_asked(self, run: Run, stop: StopRequest) -> None:
+        if self._asked(stop):
+            raise _stopped(self.save(run))
 
     def _accuracy(self, model: nn.Module, each: Callable[[], None]) -> Accuracy:
         accelerator = self.accelerator
@@ -338,6 +338,10 @@ class Training:
             board(record)
 
         self.write = write
+
+
+def _stopped(path: Path | None) -> StoppedError:
+    return StoppedError("a checkpoint" if path is None else str(path))
 
 
 def _spread(loader: Any, accelerator: Any) -> Any:
