@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +33,7 @@ from pfsurgery.recover import (
     reconstruct,
 )
 from pfsurgery.recover.finetune import check_run
+from pfsurgery.recover.processes import first_process_first
 from pfsurgery.select import Patterns
 
 if TYPE_CHECKING:
@@ -170,7 +169,7 @@ def run_job(
         steps.append(Step(name, evaluate(model if result is None else result, val), seconds))
         return result
 
-    with _first_process_first() as first:
+    with first_process_first() as first:
         if (folder / _STEPS).exists() and (resume or not first):
             tell("taking over what was converted before")
             fast = load(folder / _CONVERTED_FOLDER, base=copy.deepcopy(original))
@@ -201,20 +200,6 @@ def run_job(
     if first:
         _write(folder, fast, report, result)
     return fast, report
-
-
-@contextmanager
-def _first_process_first() -> Iterator[bool]:
-    """Of several processes, let the first one pass before the others; whether this is it."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield True
-        return
-    import torch
-    from accelerate import PartialState
-
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    with state.main_process_first():
-        yield bool(state.is_main_process)
 
 
 def _write_steps(folder: Path, steps: list[Step]) -> None:

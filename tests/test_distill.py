@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -261,6 +262,25 @@ def test_blocks_are_given_back_until_it_is_enough(trained):
         assert isinstance(fast.get_submodule(name), nn.Conv2d)
         assert "given back" in plan[name].reason
         assert not plan[name].replaced
+
+
+def test_a_run_that_gave_blocks_back_can_be_continued(trained, tmp_path):
+    val = few(64, "val")
+    config = FinetuneConfig(
+        max_steps=2, batch_size=32, lr=1e-6, max_drop=5.0, norm_images=64, save_every=1
+    )
+    ends = []
+    for _ in range(2):
+        fast = pfsurgery.convert(trained, "maxpool_all", example=IMAGES[:1])
+        result = finetune(
+            fast, train=few(), val=val, teacher=trained, config=config, out=tmp_path, resume=True
+        )
+        assert result.given_back
+        assert result.weights == tmp_path / "final.safetensors"
+        fast.load_state_dict(load_file(result.weights))
+        ends.append((result.given_back, result.last, fast.state_dict()))
+    assert ends[0][:2] == ends[1][:2]
+    assert all(torch.equal(ends[0][2][name], value) for name, value in ends[1][2].items())
 
 
 def test_nothing_is_given_back_within_bounds(trained):

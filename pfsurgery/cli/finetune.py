@@ -14,6 +14,7 @@ from pfsurgery.job import run_job, writable
 from pfsurgery.recover.config_file import read_config
 from pfsurgery.recover.optimizer import check_optimizer
 from pfsurgery.recover.prepare import check_backend
+from pfsurgery.recover.processes import join_processes
 
 
 @with_settings
@@ -58,6 +59,7 @@ def finetune(
     check_optimizer(chosen_settings)
     check_backend(chosen_settings)
     writable(out)
+    join_processes()
     original = options.opened(model, pretrained, checkpoint, num_classes, model_kwarg)
     images = open_data(
         data,

@@ -25,7 +25,7 @@ from pfsurgery.recover.state import (
     writable_folder,
 )
 from pfsurgery.recover.stop import stop_on_sigterm
-from pfsurgery.recover.training import BEST, Training
+from pfsurgery.recover.training import Training
 
 
 def finetune(
@@ -49,11 +49,11 @@ def finetune(
     you call this: the optimiser is made here.
 
     Afterwards the model holds the weights of the last step, or their moving average (the best ones
-    are in `out`), stays on the device where it was trained, and has its train flags back; the
-    teacher is as it was. The global random states are put back. After an error the model holds the
-    last good weights: those of the best epoch so far, or the ones it came with. On a CPU, the same
-    model, data, seed and number of threads give the same weights, bit for bit, no matter how often
-    the run was killed and continued.
+    are in `out`; with `max_drop` it holds these), stays on the device where it was trained, and has
+    its train flags back; the teacher is as it was. The global random states are put back. After an
+    error the model holds the last good weights: those of the best epoch so far, or the ones it came
+    with. On a CPU, the same model, data, seed and number of threads give the same weights, bit for
+    bit, no matter how often the run was killed and continued.
 
     Args:
         model: A classifier with something left to train: (N, C, H, W) -> (N, classes).
@@ -67,9 +67,10 @@ def finetune(
         config: Settings; the defaults of `FinetuneConfig` if None.
         out: Folder for `config.yaml`, `log.jsonl` (one JSON object a line), `epochs.csv`,
             `tensorboard/` if that is installed, `checkpoints/`, and `best.safetensors`, the weights
-            of the best epoch so far (by top-1 on `val`, else the latest). Files are replaced in
-            one step, so that a crash or a full disk never leaves half of one. With several
-            machines, all must see the same folder. On SIGTERM the run saves and ends.
+            of the best epoch so far (by top-1 on `val`, else the latest); `final.safetensors` where
+            norms that were re-estimated or blocks that were given back made them better. Files are
+            replaced in one step, so that a crash or a full disk never leaves half of one. With
+            several machines, all must see the same folder. On SIGTERM the run saves and ends.
         resume: Whether to continue from the newest checkpoint in `out`; without one, the run
             begins at the start. Give the same model, images and settings as before.
         progress: Whether to show a progress bar with images/s, loss, accuracy and time left; None
@@ -92,16 +93,18 @@ def finetune(
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise TrainingError("No parameter of the model requires a gradient, so none is trained.")
     check_run(teacher, config, val=val, folder=folder, resume=resume)
-    train_loader = train_images(train, model, config, labelled=teacher is None)
-    val_loader = None if val is None else val_images(val, model, config)
     with ExitStack() as stack:
         stack.enter_context(keep_random_state())
         stack.enter_context(keep_train_flags(*(m for m in (model, teacher) if m is not None)))
         stack.enter_context(_frozen(teacher))
         accelerator = stack.enter_context(_accelerator(model, config))
+        train_loader = train_images(train, model, config, labelled=teacher is None)
+        val_loader = None if val is None else val_images(val, model, config)
         job = Training(model, teacher, config, accelerator, folder)
-        with job.prepared(train_loader, val_loader, resume) as run:
-            stop = stack.enter_context(stop_on_sigterm(folder is not None))
+        with (
+            job.prepared(train_loader, val_loader, resume) as run,
+            stop_on_sigterm(folder is not None) as stop,
+        ):
             job.train(run, stop, progress if accelerator.is_main_process else False)
         last, given_back = job.finish()
     report_skipped(train_loader)
@@ -112,7 +115,7 @@ def finetune(
         last=last,
         best=job.at.best,
         teacher=job.at.teacher,
-        weights=None if folder is None else folder / BEST,
+        weights=job.weights,
         given_back=given_back,
         skipped=skipped_images(train_loader),
     )

@@ -105,5 +105,7 @@ def board(folder: Path | None, step: int) -> Callable[[dict[str, Any]], None]:
             for name in ("top1", "top5", "loss"):
                 writer.add_scalar(f"val/{name}", record["val"][name], record["step"])
             writer.flush()
+        elif record["kind"] == "end":
+            writer.close()
 
     return write

@@ -32,6 +32,7 @@ from pfsurgery.recover.stop import StoppedError, StopRequest
 _log = logging.getLogger(__name__)
 
 BEST = "best.safetensors"
+FINAL = "final.safetensors"
 _CONFIG = "config.yaml"
 _MOST_ROLL_BACKS = 5
 
@@ -55,6 +56,7 @@ class Training:
         self.write: Write = lambda record: None
         self.run: Run | None = None
         self.good: dict[str, Tensor] = {}
+        self.weights = None if folder is None else folder / BEST
 
     @contextmanager
     def prepared(
@@ -165,10 +167,8 @@ class Training:
             self._estimate_norms(run)
             if self.val is not None:
                 last = self._accuracy(self.model, lambda: None)
-                if self.at.best is None or last.top1 >= self.at.best.top1:
-                    self.at.best = last
-                    if self.folder is not None and self.main:
-                        write_weights(copy_weights(self.model), self.folder / BEST)
+            if last is None or self.at.best is None or last.top1 >= self.at.best.top1:
+                self._keep_final(last)
         if config.max_drop is not None and self.teacher is not None and self.at.teacher is not None:
             restore_weights(self.model, self.good)
             last = self.at.best
@@ -181,9 +181,7 @@ class Training:
                 wanted=self.at.teacher.top1 - config.max_drop,
             )
             if given_back:
-                self.at.best = last
-                if self.folder is not None and self.main:
-                    write_weights(copy_weights(self.model), self.folder / BEST)
+                self._keep_final(last)
         self.write(
             {
                 "kind": "end",
@@ -193,6 +191,14 @@ class Training:
             }
         )
         return last, given_back
+
+    def _keep_final(self, accuracy: Accuracy | None) -> None:
+        """What was made of the trained weights is the best; those stay, for a continued run."""
+        self.good, self.at.best = copy_weights(self.model), accuracy
+        if self.folder is not None:
+            self.weights = self.folder / FINAL
+            if self.main:
+                write_weights(self.good, self.weights)
 
     def save(self, run: Run) -> Path | None:
         """Write a checkpoint and remove old ones; all processes wait for it."""
