@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pfsurgery
 from pfsurgery.data import digits, open_data
 from pfsurgery.errors import DataError, TrainingError
-from pfsurgery.recover import FinetuneConfig, finetune
+from pfsurgery.recover import FinetuneConfig, finetune, snapshot
 
 # Everything that holds a state: dropout, averages, momentum, mixing, a ramp, matched blocks.
 EVERYTHING = {
@@ -308,6 +308,34 @@ def test_a_full_disk_loses_nothing(tmp_path):
     assert "Make room" in str(caught.value)
     assert {path: path.read_bytes() for path in (tmp_path / "checkpoints").iterdir()} == kept
     assert finetune(model, train=data, config=longer, out=tmp_path, resume=True).steps == 4
+
+
+def write_for_ever(folder: Path) -> None:
+    torch.set_num_threads(1)
+    for step in range(10**6):
+        weights = {"weight": torch.full((10**6,), float(step))}
+        snapshot.write_snapshot(folder, {"model": weights}, step=step, total=10**6)
+        snapshot.prune(folder, 2)
+
+
+def test_a_kill_in_the_middle_of_a_write_leaves_whole_checkpoints(tmp_path):
+    generator = random.Random(0)
+    remains = 0
+    for _ in range(6):
+        process = START.Process(target=write_for_ever, args=(tmp_path,))
+        process.start()
+        while process.is_alive() and snapshot.newest(tmp_path) is None:
+            time.sleep(0.001)
+        time.sleep(generator.uniform(0.0, 0.3))
+        process.kill()
+        process.join()
+        for path in (tmp_path / "checkpoints").glob("step-*.pt"):
+            step = float(path.name.split("-")[1])
+            weight = snapshot.read_snapshot(path)["model"]["weight"]
+            assert bool((weight == step).all())
+            path.unlink()
+        remains += len(list((tmp_path / "checkpoints").iterdir()))
+    assert remains, "no kill hit a write; lengthen the test"
 
 
 def test_remains_of_killed_writes_are_removed(tmp_path):

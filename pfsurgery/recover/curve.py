@@ -60,4 +60,5 @@ def _title(result: FinetuneResult) -> str:
     if result.teacher is None:
         return f"{result.last.top1:.2f} % after {took}"
     points = result.last.top1 - result.teacher.top1
-    return f"{result.last.top1:.2f} % after {took}: {points:+.2f} points of the original"
+    where = "below" if points < 0 else "above"
+    return f"{result.last.top1:.2f} % after {took}: {abs(points):.2f} points {where} the original"

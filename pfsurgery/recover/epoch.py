@@ -113,7 +113,7 @@ class Window:
         at.lowest = mean if at.lowest is None else min(at.lowest, mean)
         at.loss_sum, at.losses = at.loss_sum + math.fsum(losses), at.losses + len(losses)
         self.losses.clear()
-        self.show(step, f"epoch {at.epoch}  {self.speed:.0f} images/s  loss {mean:.4f}")
+        self.show(step, f"{self.speed:.0f} images/s  loss {mean:.3f}")
         run.write({"kind": "step", "step": step, "epoch": at.epoch, "lr": lr, "loss": mean,
                    "images_per_s": round(self.speed, 1)})  # fmt: skip
 

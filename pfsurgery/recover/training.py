@@ -115,12 +115,10 @@ class Training:
 
     def _epoch(self, run: Run, stop: StopRequest, show: Show) -> None:
         config, at = self.config, self.at
-        beside = "" if at.teacher is None else f" (teacher {at.teacher.top1:.2f} %)"
-        accuracy = (
-            f"  top-1 {at.history[-1].val.top1:.2f} %{beside}"
-            if at.history and at.history[-1].val is not None
-            else ""
-        )
+        beside = "" if at.teacher is None else f" (teacher {at.teacher.top1:.1f})"
+        reached = at.history[-1].val if at.history else None
+        accuracy = "" if reached is None else f"  top-1 {reached.top1:.1f}{beside}"
+        told = f"{accuracy}  epoch {at.epoch}"
 
         def after_step(window: Window) -> None:
             due = config.save_every is not None and at.step % config.save_every == 0
@@ -132,7 +130,7 @@ class Training:
                     raise _stopped(path)
 
         record = train_epoch(
-            run, at, show=lambda step, text: show(step, text + accuracy), after_step=after_step
+            run, at, show=lambda step, text: show(step, text + told), after_step=after_step
         )
         if self.val is not None:
             try:
