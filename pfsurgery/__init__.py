@@ -6,6 +6,7 @@ from pfsurgery.base import Base, set_base
 from pfsurgery.checkpoint import load, save
 from pfsurgery.convert import convert, convert_, plan
 from pfsurgery.errors import SurgeryError
+from pfsurgery.hub import push
 from pfsurgery.measure import Comparison, Measurement, compare, measure
 from pfsurgery.ops import Op, Support, list_ops, register_op
 from pfsurgery.optimize import optimize
@@ -57,6 +58,7 @@ __all__ = [
     "measure",
     "optimize",
     "plan",
+    "push",
     "recalibrate",
     "reconstruct",
     "record",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 
 from pfsurgery.base import Base, base_of, set_base
 from pfsurgery.errors import PolicyError, RecordMismatchError, SurgeryError, closest
+from pfsurgery.files import write_atomically
 from pfsurgery.modularise import modularise
 from pfsurgery.record import Record, has_record, record, remember
 from pfsurgery.rewrite import Undo, apply_plan, undo
@@ -22,6 +21,7 @@ from pfsurgery.sites import class_name
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+HUB = "hf-hub:"
 _FORMAT = 1
 
 
@@ -86,7 +86,8 @@ def load(
     """The model that `save` wrote, in eval mode. Runs no code from the files.
 
     Args:
-        directory: What `save` wrote.
+        directory: What `save` wrote, or `hf-hub:USER/NAME`, which is downloaded from the Hugging
+            Face hub, or taken from its local cache.
         base: The unconverted model, or a function that makes it, for a model that neither timm nor
             torchvision can make by name. A given model is converted itself and its weights are
             overwritten.
@@ -97,7 +98,7 @@ def load(
             message names the file or the key.
         UnknownNameError: The base model's library has no such model.
     """
-    directory = Path(directory)
+    directory = _fetched(directory)
     content = _read_config(directory)
     state = _read_weights(directory, content)
     model = _base_model(content, base, directory)
@@ -123,19 +124,19 @@ def load(
     return model.eval().to(device)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a crash leaves either the old one or the new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def _fetched(directory: str | Path) -> Path:
+    """The local folder of what may be on the hub."""
+    if not str(directory).startswith(HUB):
+        return Path(directory)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    name = str(directory).removeprefix(HUB)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SurgeryError(f"{directory} cannot be had from the hub: {reason}") from None
 
 
 def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

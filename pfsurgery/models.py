@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from pfsurgery.base import Base, base_of, set_base
-from pfsurgery.checkpoint import CONFIG, load
+from pfsurgery.checkpoint import HUB, load
 from pfsurgery.errors import RecordMismatchError, SurgeryError
 
 
@@ -24,8 +24,8 @@ def open_model(
     """A model in eval mode, ready to be converted or compared.
 
     Args:
-        name: A directory that `save` wrote, the name of a timm model, or `torchvision/` and the
-            name of a torchvision model.
+        name: A directory that `save` wrote, `hf-hub:USER/NAME`, the name of a timm model,
+            or `torchvision/` and the name of a torchvision model.
         pretrained: Take the library's trained weights, from the hub or its local cache.
         checkpoint: File with weights instead (`.safetensors`, or `.pth` read without unpickling
             code).
@@ -37,7 +37,7 @@ def open_model(
         RecordMismatchError: The directory or checkpoint does not fit; the message names it.
         SurgeryError: The hub cannot be reached.
     """
-    if (Path(name) / CONFIG).is_file() or Path(name).is_dir():
+    if name.startswith(HUB) or Path(name).is_dir():
         if checkpoint is not None or num_classes is not None or kwargs:
             raise SurgeryError(
                 f"{name} is a saved model with weights and arguments of its own: leave out "
