@@ -20,6 +20,7 @@ from typer.main import get_command
 import pfsurgery
 from pfsurgery.base import Base, set_base
 from pfsurgery.cli import app
+from pfsurgery.measure import count
 from pfsurgery.policy import Policy
 
 ROOT = Path(__file__).parent.parent
@@ -46,12 +47,11 @@ def commands() -> Iterator[tuple[str, list[str]]]:
         shown += re.findall(r"`(pfsurgery [^`\n]+)`", page.read_text(encoding="utf-8"))
         for line in shown:
             for part in line.split("&&"):
-                words = shlex.split(part, comments=True)
-                if words and words[0] == "pfsurgery" and words[1:]:
-                    yield page.name, words[1:]
+                if part.strip().startswith("pfsurgery "):
+                    yield page.name, shlex.split(part, comments=True)[1:]
 
 
-@pytest.mark.parametrize(("page", "words"), commands(), ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize(("page", "words"), list(commands()), ids=lambda value: str(value)[:60])
 def test_commands_exist_with_their_options(page: str, words: list[str]) -> None:
     if words[0].isupper() or "..." in words:
         pytest.skip("a placeholder")
@@ -143,6 +143,23 @@ def test_guides_run(page: str) -> None:
 def test_recovery_page_runs() -> None:
     scope = run("docs/recovery.md", lambda: resnet("resnet18", [1, 1, 1, 2]))
     assert pfsurgery.record(scope["fast"]).plans[-1].policy.startswith("budget(latency")
+
+
+def test_table_of_what_works_on_what_is_what_plan_says() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \|.*?\| (\d+) of (\d+) \| (\d+) % \| (\d+) % \|$",
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
+    assert len(rows) >= 5
+    for name, replaced, sites, parameters, macs in rows:
+        model = timm.create_model(name)
+        plan = pfsurgery.plan(model, "maxpool_all")
+        whole = count(model)
+        saved = (sum(d.parameters_saved for d in plan), sum(d.macs_saved for d in plan))
+        assert (len(plan.replaced), len(plan)) == (int(replaced), int(sites)), name
+        assert round(100 * saved[0] / whole.parameters) == int(parameters), name
+        assert round(100 * saved[1] / whole.macs) == int(macs), name
 
 
 def test_the_op_of_contributing_can_be_converted_to(monkeypatch: pytest.MonkeyPatch) -> None:
