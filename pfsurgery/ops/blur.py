@@ -39,8 +39,8 @@ class Blur(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The filtered input."""
         window = self.window
-        autocast = torch.is_autocast_enabled(x.device.type)  # the stock convolution would cast
-        if not autocast and choice.why_stock(x) is None:
+        # Under autocast the stock convolution would cast; a shadow's device has no autocast to ask.
+        if choice.why_stock(x) is None and not torch.is_autocast_enabled(x.device.type):
             axes = window.axes(x, "binomial")
             if axes is not None:
                 return functions.weighted_sum(x, *axes)
