@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 
 import pfsurgery
 from pfsurgery.data import digits
-from pfsurgery.errors import TrainingError, UnknownNameError
+from pfsurgery.errors import DataError, TrainingError, UnknownNameError
 from pfsurgery.recover import FinetuneConfig, evaluate, finetune
 from pfsurgery.recover.blocks import BlockMatch, changed_blocks, changed_parameters
 from pfsurgery.recover.give_back import give_back
@@ -344,6 +344,14 @@ def test_a_teacher_of_another_kind_is_refused_where_blocks_are_needed(trained):
     for name in ("match_weight", "ramp"):
         with pytest.raises(TrainingError, match=f"{name} is set, but the teacher"):
             finetune(fast, train=few(), teacher=other, config=FinetuneConfig(**{name: 0.5}))
+
+
+@pytest.mark.parametrize("settings", [{}, {"mixup": 0.5}, {"kd_weight": 1.0}])
+def test_labels_that_do_not_fit_are_named(settings):
+    model = timm.create_model("test_convnext", num_classes=4)
+    config = FinetuneConfig(batch_size=32, **settings)
+    with pytest.raises(DataError, match="label 9 does not fit the model's 4 classes"):
+        finetune(model, train=few(), config=config)
 
 
 def test_odd_batches_cannot_be_mixed():

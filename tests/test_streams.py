@@ -123,5 +123,6 @@ def test_the_command_line_in_two_processes_on_shards(cli, shards, tmp_path):
         assert done.stdout.count("pfsurgery.load") == 1
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert sum(r["kind"] == "step" for r in records) == 16
+    assert [r["val"]["images"] for r in records if r["kind"] == "epoch"] == [32, 32]
     assert json.loads((out / "report.json").read_text())["steps"][-1]["name"] == "fine-tuned"
     assert cli("eval", "--model", out / "model", "--data", f"wds/{shards}").code == 0

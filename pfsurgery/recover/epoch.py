@@ -160,12 +160,12 @@ def train_epoch(
 def train_step(run: Run, batches: list[Any], step: int) -> Tensor:
     """One step of the optimiser, from the gradients of all batches; their mean loss, on the device.
 
-    It draws from generators that are seeded for this step, and puts them back: what the loader
-    draws does not depend on it.
+    It draws from generators that are seeded for this step. Where the loader draws from them too
+    (see `TrainBatches`), they are put back: what it draws does not depend on the step.
     """
     accelerator, objective = run.accelerator, run.objective
     total = torch.zeros((), device=accelerator.device)
-    with keep_random_state():
+    with nullcontext() if run.batches.order is not None else keep_random_state():
         seed_step(run.config.seed, step, accelerator.process_index)
         for place, batch in enumerate(batches):
             last = place == len(batches) - 1

@@ -28,6 +28,7 @@ class Objective:
         config: Settings.
         accelerator: Accelerate's.
         match: Watches the blocks of both, if they are to match.
+        classes: How many there are, if images are mixed; None if they are not.
     """
 
     student: nn.Module
@@ -35,6 +36,7 @@ class Objective:
     config: FinetuneConfig
     accelerator: Any
     match: BlockMatch | None
+    classes: int | None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -58,19 +60,22 @@ class Objective:
         config, device = self.config, self.accelerator.device
         images, labels = split_batch(batch)
         uses_teacher = self.teacher is not None and config.kd_weight > 0
-        if labels is None and not (uses_teacher and config.kd_weight == 1):
+        uses_labels = config.kd_weight < 1 or not uses_teacher
+        if labels is None and uses_labels:
             raise DataError(
                 "A batch has no labels. Give (images, labels), or a teacher and kd_weight=1."
             )
-        check = labels is not None and (first or labels.device.type == "cpu")
+        check = uses_labels and labels is not None and (first or labels.device.type == "cpu")
         memory_format = torch.channels_last if config.channels_last else torch.preserve_format
         images = images.to(device, memory_format=memory_format, non_blocking=True)
         targets = None if labels is None else labels.to(device, non_blocking=True)
-        if config.mixup or config.cutmix:
-            images, mixed = self._mixed(images, targets)
+        if self.classes is not None:
+            if labels is not None and check:
+                check_labels(labels, images.new_empty(len(images), self.classes))
+            images, mixed = self._mixed(images, targets, self.classes)
             targets = None if targets is None else mixed
         logits = logits_of(self.student, images)
-        if labels is not None and check and config.kd_weight < 1:
+        if labels is not None and check:
             check_labels(labels, logits)
         teacher_logits = None
         if self.teacher is not None and (uses_teacher or self.match is not None):
@@ -83,7 +88,7 @@ class Objective:
             )
         loss = recovery_loss(
             logits,
-            targets if config.kd_weight < 1 or not uses_teacher else None,
+            targets if uses_labels else None,
             teacher_logits if uses_teacher else None,
             temperature=config.temperature,
             kd_weight=config.kd_weight,
@@ -91,7 +96,7 @@ class Objective:
         )
         return loss if self.match is None else loss + config.match_weight * self.match.loss()
 
-    def _mixed(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _mixed(self, images: Tensor, labels: Tensor | None, classes: int) -> tuple[Tensor, Tensor]:
         """Mixed images, and the targets (N, classes) that go with them."""
         from timm.data import Mixup
 
@@ -106,15 +111,7 @@ class Objective:
             mixup_alpha=self.config.mixup,
             cutmix_alpha=self.config.cutmix,
             label_smoothing=0.0,  # the cross-entropy sees to it
-            num_classes=self._classes(images),
+            num_classes=classes,
         )
         mixed: tuple[Tensor, Tensor] = mix(images.clone(), labels)
         return mixed
-
-    def _classes(self, images: Tensor) -> int:
-        model = self.accelerator.unwrap_model(self.student)
-        number = getattr(model, "num_classes", None)
-        if isinstance(number, int) and number > 0:
-            return number
-        with torch.no_grad():
-            return int(logits_of(model.eval(), images[:1]).shape[1])

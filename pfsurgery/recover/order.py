@@ -151,7 +151,7 @@ class TrainBatches:
             assert isinstance(source, DataLoader)
             self.order = _order_of(source, seed, accelerator)
             self.loader: Iterable[Any] = _reordered(source, self.order)
-        elif accelerator.num_processes == 1 or _spreads_itself(source):
+        elif accelerator.num_processes == 1 or spreads_itself(source):
             self.loader = source
         elif isinstance(source, DataLoader):
             self.loader = accelerator.prepare_data_loader(source)
@@ -220,9 +220,13 @@ def _reordered(loader: DataLoader[Any], order: EpochOrder) -> DataLoader[Any]:
     )
 
 
-def _spreads_itself(source: Iterable[Any]) -> bool:
+def spreads_itself(source: Iterable[Any]) -> bool:
     """Whether it is a stream of timm's, which gives each process shards of its own."""
-    return isinstance(source, DataLoader) and hasattr(source.dataset, "reader")
+    return (
+        isinstance(source, DataLoader)
+        and isinstance(source.dataset, IterableDataset)
+        and hasattr(source.dataset, "reader")
+    )
 
 
 def _start_stream(loader: DataLoader[Any], epoch: int) -> None:

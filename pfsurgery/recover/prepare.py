@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pfsurgery.errors import DataError, UnknownNameError, closest
+from pfsurgery.errors import DataError, TrainingError, UnknownNameError, closest
 from pfsurgery.recover.blocks import BlockMatch
 from pfsurgery.recover.config import FinetuneConfig
 from pfsurgery.recover.epoch import Run
@@ -42,6 +42,7 @@ def build_run(
             config,
             accelerator,
             match,
+            _classes(model) if config.mixup or config.cutmix else None,
         ),
         batches=batches,
         optimizer=optimizer,
@@ -62,6 +63,19 @@ def _average(model: nn.Module, config: FinetuneConfig) -> Any:
     from timm.utils import ModelEmaV3
 
     return ModelEmaV3(model, decay=config.ema, use_warmup=True)
+
+
+def _classes(model: nn.Module) -> int:
+    number = getattr(model, "num_classes", None)
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if isinstance(number, int) and number > 0:
+        return number
+    if linear:
+        return linear[-1].out_features
+    raise TrainingError(
+        "mixup and cutmix need the number of classes, which the model does not tell: set "
+        "model.num_classes."
+    )
 
 
 def check_backend(config: FinetuneConfig) -> None:

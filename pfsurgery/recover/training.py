@@ -22,7 +22,7 @@ from pfsurgery.recover.epoch import DivergedError, Run, Window, train_epoch
 from pfsurgery.recover.evaluate import Accuracy, score
 from pfsurgery.recover.give_back import give_back
 from pfsurgery.recover.norms import recalibrate
-from pfsurgery.recover.order import TrainBatches
+from pfsurgery.recover.order import TrainBatches, spreads_itself
 from pfsurgery.recover.prepare import build_run
 from pfsurgery.recover.progress import Show, Write, progress_bar
 from pfsurgery.recover.snapshot import Position
@@ -349,6 +349,8 @@ def _stopped(path: Path | None) -> StoppedError:
 
 
 def _spread(loader: Any, accelerator: Any) -> Any:
+    if spreads_itself(loader):
+        return loader
     if isinstance(loader, DataLoader):
         return accelerator.prepare_data_loader(loader)
     if accelerator.num_processes > 1:
