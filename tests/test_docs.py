@@ -42,8 +42,9 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def commands() -> Iterator[tuple[str, list[str]]]:
     """Every command line that a page shows, and the page's name."""
-    for page in PAGES:
+    for page in [*PAGES, ROOT / ".github" / "workflows" / "tests.yml"]:
         shown = [line for block in blocks(page, "(?:bash|)") for line in block.splitlines()]
+        shown += page.read_text(encoding="utf-8").splitlines() if page.suffix == ".yml" else []
         shown += re.findall(r"`(pfsurgery [^`\n]+)`", page.read_text(encoding="utf-8"))
         for line in shown:
             for part in line.split("&&"):
