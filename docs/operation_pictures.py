@@ -1,6 +1,6 @@
 """Draw what each operation does to an image, with pfsurgery's own modules.
 
-    python docs/operation_pictures.py
+Run it as `python docs/operation_pictures.py`.
 
 The image is drawn here: a bright corner at the border, a single pixel, a thin line, a checkerboard,
 a ramp. Grey values are those of the output, unclipped, on one scale.

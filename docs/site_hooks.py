@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,11 @@ def notebook_page(notebook: dict[str, Any]) -> str:
             parts.append(source)
             continue
         parts.append(f"```python\n{source}\n```")
-        parts += [shown for output in cell["outputs"] if (shown := _output(output))]
+        for kind, outputs in groupby(cell["outputs"], key=lambda output: output["output_type"]):
+            if kind == "stream":  # what was printed line by line is one text
+                text = "".join("".join(output["text"]) for output in outputs)
+                outputs = iter([{"text": text}])
+            parts += [shown for output in outputs if (shown := _output(output))]
     return "\n\n".join(parts) + "\n"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -42,8 +43,9 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def commands() -> Iterator[tuple[str, list[str]]]:
     """Every command line that a page shows, and the page's name."""
-    for page in PAGES:
+    for page in [*PAGES, ROOT / ".github" / "workflows" / "tests.yml"]:
         shown = [line for block in blocks(page, "(?:bash|)") for line in block.splitlines()]
+        shown += page.read_text(encoding="utf-8").splitlines() if page.suffix == ".yml" else []
         shown += re.findall(r"`(pfsurgery [^`\n]+)`", page.read_text(encoding="utf-8"))
         for line in shown:
             for part in line.split("&&"):
@@ -175,6 +177,21 @@ def test_table_of_what_works_on_what_is_what_plan_says() -> None:
         assert (len(plan.replaced), len(plan)) == (int(replaced), int(sites)), name
         assert round(100 * saved[0] / whole.parameters) == int(parameters), name
         assert round(100 * saved[1] / whole.macs) == int(macs), name
+
+
+def test_figures_of_the_demo_are_those_of_its_result_file() -> None:
+    found = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    said = re.search(
+        r"(\d+) % of the multiply-adds are left; top-1 is ([\d.]+) % before, ([\d.]+) % right "
+        r"after surgery, ([\d.]+) % refitted without labels, ([\d.]+) % fine-tuned",
+        text,
+    )
+    assert said is not None
+    assert int(said[1]) == round(100 * found["comparison"]["ratios"]["macs"])
+    top1 = {step["name"]: step["accuracy"]["top1"] for step in found["steps"]}
+    for place, name in enumerate(("original", "after surgery", "refitted", "fine-tuned"), start=2):
+        assert float(said[place]) == round(top1[name], 1), name
 
 
 def test_the_op_of_contributing_can_be_converted_to(monkeypatch: pytest.MonkeyPatch) -> None:
