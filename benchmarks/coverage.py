@@ -61,10 +61,25 @@ class Convolutions(TorchDispatchMode):
 
 
 def spatial_calls(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[int, Any]:
-    """How many convolutions with a kernel of more than one pixel run, and what comes out."""
+    """How many convolutions with a kernel of more than one pixel run, and what comes out.
+
+    Of a model that runs on real values, ranks and types come out: how many boxes a detector finds
+    depends on its weights.
+    """
     with torch.no_grad(), Convolutions() as seen:
-        output = model(*inputs)
-    return seen.spatial, described(output)
+        output = described(model(*inputs))
+    on_meta = all(parameter.is_meta for parameter in model.parameters())
+    return seen.spatial, output if on_meta else _ranks(output)
+
+
+def _ranks(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _ranks(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_ranks(item) for item in value]
+    if isinstance(value, tuple) and isinstance(value[0], tuple):
+        return len(value[0]), value[1]
+    return value
 
 
 def examine(name: str) -> dict[str, Any]:

@@ -39,9 +39,8 @@ class Blur(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The filtered input."""
         window = self.window
-        autocast = torch.is_autocast_enabled(x.device.type)  # the stock convolution would cast
-        if not autocast and choice.why_stock(x) is None:
-            axes = window.axes(x, "binomial")
+        if choice.why_stock(x) is None and not torch.is_autocast_enabled(x.device.type):
+            axes = window.axes(x, "binomial")  # under autocast, the stock convolution would cast
             if axes is not None:
                 return functions.weighted_sum(x, *axes)
         mode = "replicate" if window.padding_mode == "zeros" else window.padding_mode
