@@ -28,12 +28,12 @@ class Blur(nn.Module):
     padding, as these say. No parameters; height + width of the kernel MACs per output.
     """
 
-    def __init__(self, window: Window, channels: int = 1) -> None:
+    def __init__(self, window: Window) -> None:
         super().__init__()
         self.window = window
         for axis, size in enumerate(window.kernel_size):
             shape = [size if axis == other else 1 for other in range(window.dims)]
-            taps = _binomial(size).reshape(1, 1, *shape).repeat_interleave(channels, 0)
+            taps = _binomial(size).reshape(1, 1, *shape)
             self.register_buffer(f"taps{axis}", taps, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,11 +48,8 @@ class Blur(nn.Module):
         convolve: Callable[..., Tensor] = _CONVOLVE[window.dims]
         x = window.pad(x, mode=mode)
         for axis in range(window.dims):
-            taps: Tensor = getattr(self, f"taps{axis}")
-            if taps.dtype != x.dtype:
-                taps = taps.to(x.dtype)
-            if len(taps) == 1:
-                taps = taps.expand(channels, 1, *(-1 for _ in range(window.dims)))
+            taps: Tensor = getattr(self, f"taps{axis}").to(x.dtype)
+            taps = taps.expand(channels, 1, *(-1 for _ in range(window.dims)))
             stride, dilation = ([1] * window.dims for _ in range(2))
             stride[axis], dilation[axis] = window.stride[axis], window.dilation[axis]
             x = convolve(x, taps, stride=stride, dilation=dilation, groups=channels)
@@ -74,8 +71,8 @@ class BlurOp(Op):
     summary = "fixed binomial filter; edge pixels are repeated"
 
     def build(self, site: Site) -> nn.Module:
-        """A `Blur` with the site's window, and a filter a channel, as quantisers want to see it."""
-        return Blur(Window.of(site.geometry), site.geometry.in_channels)
+        """A `Blur` with the site's window."""
+        return Blur(Window.of(site.geometry))
 
     def macs_per_position(self, site: Site) -> int:
         """One pass an axis, which has taken the strides of its own and earlier axes only."""
