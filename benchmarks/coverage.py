@@ -8,13 +8,13 @@ built for real) and run on one image of their own size. For each: sites found, c
 count of the convolution calls that PyTorch's dispatcher sees; what `maxpool_all` and
 `maxpool_deep` convert; why the rest is kept; whether outputs keep their shapes and exactly the
 replaced convolutions are gone. A model takes one line of the state file, so a run that was stopped
-goes on where it was. When all are done, the result file and docs/coverage.md are written.
+goes on where it was. At the end, the result file and docs/coverage.md are written, from all
+lines in the state file; `--report` does that alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import multiprocessing
 import resource
@@ -61,10 +61,25 @@ class Convolutions(TorchDispatchMode):
 
 
 def spatial_calls(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[int, Any]:
-    """How many convolutions with a kernel of more than one pixel run, and what comes out."""
+    """How many convolutions with a kernel of more than one pixel run, and what comes out.
+
+    Of a model that runs on real values, ranks and types come out: how many boxes a detector finds
+    depends on its weights.
+    """
     with torch.no_grad(), Convolutions() as seen:
-        output = model(*inputs)
-    return seen.spatial, described(output)
+        output = described(model(*inputs))
+    on_meta = all(parameter.is_meta for parameter in model.parameters())
+    return seen.spatial, output if on_meta else _ranks(output)
+
+
+def _ranks(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _ranks(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_ranks(item) for item in value]
+    if isinstance(value, tuple) and isinstance(value[0], tuple):
+        return len(value[0]), value[1]
+    return value
 
 
 def examine(name: str) -> dict[str, Any]:
@@ -135,6 +150,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--state", type=Path, default=STATE, help="finished models, one a line")
     parser.add_argument("--again", action="store_true", help="forget what the state file holds")
+    parser.add_argument("--report", action="store_true", help="write what there is, run nothing")
     args = parser.parse_args()
     if args.again:
         args.state.unlink(missing_ok=True)
@@ -142,20 +158,26 @@ def main() -> None:
     if not wanted:
         sys.exit(f"No model matches {args.only!r}.")
     done = _read(args.state)
-    todo = [name for name in wanted if name not in done]
+    todo = [name for name in wanted if name not in done and not args.report]
+    if todo:
+        _run(todo, done, args.jobs, args.state)
+    rows = [done[name] for name in catalogue() if name in done]
+    missing = len(catalogue()) - len(rows)
+    sys.modules.setdefault("coverage", None)  # type: ignore[arg-type]  # numba asks for the package
+    write_report(rows, missing, {**describe("cpu"), "versions": _versions()})
+
+
+def _run(todo: list[str], done: dict[str, dict[str, Any]], jobs: int, state: Path) -> None:
     context = multiprocessing.get_context("spawn")
     with (
-        context.Pool(args.jobs, torch.set_num_threads, (1,), maxtasksperchild=100) as pool,
-        args.state.open("a") as file,
+        context.Pool(jobs, torch.set_num_threads, (1,), maxtasksperchild=100) as pool,
+        state.open("a") as file,
     ):
         for count, row in enumerate(pool.imap(examine, todo), 1):
             done[row["model"]] = row
             print(json.dumps(row), file=file, flush=True)
             trouble = row.get("error") or row.get("problems") or row.get("skipped") or ""
             print(f"{count}/{len(todo)} {row['model']} {row['seconds']} s {trouble}", flush=True)
-    if args.only == "*":
-        rows = [copy.deepcopy(done[name]) for name in wanted]
-        write_report(rows, {**describe("cpu"), "versions": _versions()})
 
 
 def _read(state: Path) -> dict[str, dict[str, Any]]:

@@ -34,7 +34,13 @@ class NotBuilt(Exception):
 
 
 def catalogue() -> list[str]:
-    """All models as library/name."""
+    """All models as library/name; first one of each family, for a run that is cut short."""
+    names = _all_names()
+    first = {family(name): name for name in reversed(names)}
+    return sorted(names, key=lambda name: first[family(name)] != name)
+
+
+def _all_names() -> list[str]:
     return [
         *(f"timm/{name}" for name in timm.list_models()),
         *(

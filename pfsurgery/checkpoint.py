@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from pfsurgery.base import Base, base_of, set_base
 from pfsurgery.errors import PolicyError, RecordMismatchError, SurgeryError, closest
 from pfsurgery.files import write_atomically
+from pfsurgery.graph import shadow_of
 from pfsurgery.modularise import modularise
 from pfsurgery.record import Record, has_record, record, remember
 from pfsurgery.rewrite import Undo, apply_plan, undo
@@ -101,27 +103,68 @@ def load(
     directory = _fetched(directory)
     content = _read_config(directory)
     state = _read_weights(directory, content)
-    model = _base_model(content, base, directory)
-    try:
+    with _as_mismatch(directory):
         done = Record.from_dict(content["record"])
-    except (PolicyError, KeyError, TypeError) as error:
-        raise RecordMismatchError(f"{directory / CONFIG}: {error}") from None
-    modularise(model, inplace=True)
-    replaced: Undo = []
-    try:
-        for plan in done.plans:
-            replaced = apply_plan(model, plan.replaced) + replaced
-        _check_fingerprint(model, content.get("modules", {}), directory)
-        _load_state(model, state, directory / WEIGHTS)
-    except SurgeryError:
-        undo(model, replaced)
-        raise
+    given = base() if callable(base) and not isinstance(base, nn.Module) else base
+    with _as_mismatch(directory), torch.device("meta"):
+        _rebuild(_shadow_base(content, given, directory), done, content, state, directory)
+    model = given or _named_base(content, directory)
+    with _as_mismatch(directory):
+        _rebuild(model, done, content, state, directory)
+        for key, tensor in model.state_dict(keep_vars=True).items():
+            tensor.data = tensor.data.to(state[key].dtype)
+        model.load_state_dict(dict(state))
     for plan in done.plans:
         remember(model, plan)
     if content.get("images") and isinstance(getattr(model, "pretrained_cfg", None), dict):
         images = {k: tuple(v) if isinstance(v, list) else v for k, v in content["images"].items()}
         model.pretrained_cfg = {**model.pretrained_cfg, **images}  # type: ignore[dict-item,assignment]
-    return model.eval().to(device)
+    with suppress(NotImplementedError):  # what torch.export makes has no modes
+        model.eval()
+    return model.to(device)
+
+
+@contextmanager
+def _as_mismatch(directory: Path) -> Iterator[None]:
+    """Whatever goes wrong inside is the files' fault: they may have been forged."""
+    try:
+        yield
+    except SurgeryError as error:
+        if isinstance(error, PolicyError):
+            raise RecordMismatchError(f"{directory / CONFIG}: {error}") from None
+        raise
+    except (Exception, RecursionError) as error:
+        what = str(error).partition("\n")[0][:300]
+        raise RecordMismatchError(
+            f"{directory / CONFIG} does not fit the model: {type(error).__name__}: {what}"
+        ) from error
+
+
+def _rebuild(
+    model: nn.Module,
+    done: Record,
+    content: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    directory: Path,
+) -> None:
+    """Convert `model` as `done` says and check that `state` fits it, else leave it as it was."""
+    replaced: Undo = []
+    try:
+        for plan in done.plans:
+            modularise(model, inplace=True, only=plan.changed)
+            replaced = apply_plan(model, plan.replaced) + replaced
+        _check_fingerprint(model, content.get("modules", {}), directory)
+        _check_state(model, state, directory / WEIGHTS)
+    except Exception:
+        undo(model, replaced)
+        raise
+
+
+def _shadow_base(content: Mapping[str, Any], given: nn.Module | None, directory: Path) -> nn.Module:
+    """The base without storage: what does not fit is found before any memory is taken."""
+    if given is None:
+        return _named_base(content, directory)
+    return shadow_of(given, lambda tensor: torch.empty_like(tensor, device="meta"))
 
 
 def _fetched(directory: str | Path) -> Path:
@@ -205,7 +248,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
             f"{path} cannot be read: {error.strerror}. Is {directory} a folder that "
             f"pfsurgery.save wrote?"
         ) from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise RecordMismatchError(
             f"{path} is truncated, or was not written by pfsurgery.save."
         ) from None
@@ -234,16 +277,11 @@ def _read_weights(directory: Path, content: Mapping[str, Any]) -> dict[str, Tens
     return state
 
 
-def _base_model(
+def _named_base(
     content: Mapping[str, Any],
-    base: nn.Module | Callable[[], nn.Module] | None,
     directory: Path,
 ) -> nn.Module:
-    if isinstance(base, nn.Module):
-        return base
-    if base is not None:
-        return base()
-    if content["base"] is None:
+    if content.get("base") is None:
         raise RecordMismatchError(
             f"{directory} does not say which model it was converted from: pass it, as in "
             f"pfsurgery.load({str(directory)!r}, base=make_my_model)."
@@ -251,13 +289,13 @@ def _base_model(
     try:
         known = Base(**content["base"])
         model = known.build()
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise RecordMismatchError(f"{directory / CONFIG}: base: {error}.") from None
     set_base(model, known)
     return model
 
 
-def _load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+def _check_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     expected = model.state_dict()
     for key in expected.keys() - state.keys():
         raise RecordMismatchError(
@@ -276,6 +314,3 @@ def _load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> No
                 f"{tuple(expected[key].shape)}. If the model was built with other arguments, "
                 f"pass it as base=."
             )
-    for key, tensor in model.state_dict(keep_vars=True).items():
-        tensor.data = tensor.data.to(state[key].dtype)
-    model.load_state_dict(dict(state))

@@ -30,6 +30,11 @@ _CONVOLUTIONS = {
     *(torch.conv1d, torch.conv2d, torch.conv3d),
     *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
 }
+# The same in exported graphs; `aten.convolution` where they are decomposed.
+_EXPORTED = {
+    *("conv1d", "conv2d", "conv3d", "convolution"),
+    *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+}
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -291,6 +296,14 @@ def _record(shadow: nn.Module, example: tuple[Any, ...]) -> GraphView:
     return recorder.view
 
 
+def _convolution_name(function: Any) -> str | None:
+    """`conv2d` and the like, if `function` convolves."""
+    if isinstance(function, torch._ops.OpOverload):
+        name = function.overloadpacket.__name__
+        return name if function.namespace == "aten" and name in _EXPORTED else None
+    return str(function.__name__) if function in _CONVOLUTIONS else None
+
+
 class _Recorder(TorchFunctionMode):
     """Turns module calls and tensor functions into nodes, and tensors into edges."""
 
@@ -334,9 +347,15 @@ class _Recorder(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        if func in _CONVOLUTIONS and (self._leaf is None or not convolves(self._leaf)):
-            self._add_orphan(func, args, kwargs, output)
+        if func is nn.functional.batch_norm and args[0].is_meta:
+            output = torch.empty_like(
+                args[0]
+            )  # torch's own way to this shape is the slowest of all
+        else:
+            output = func(*args, **kwargs)
+        name = _convolution_name(func)
+        if name is not None and (self._leaf is None or not convolves(self._leaf)):
+            self._add_orphan(name, args, kwargs, output)
         if self._leaf is None:
             self.add("call_function", func, (args, kwargs), output)
             self._note_foreign_reads(args, kwargs)
@@ -344,7 +363,7 @@ class _Recorder(TorchFunctionMode):
 
     def _add_orphan(
         self,
-        function: Callable[..., Any],
+        function: str,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         output: Tensor,
@@ -353,7 +372,7 @@ class _Recorder(TorchFunctionMode):
         source = args[0] if args else kwargs["input"]
         if max(weight.shape[2:]) > 1:
             shapes = (tuple(weight.shape), tuple(source.shape), tuple(output.shape))
-            self.view.orphans.append(Orphan(self._stack[-1], function.__name__, *shapes))
+            self.view.orphans.append(Orphan(self._stack[-1], function, *shapes))
 
     def _note_foreign_reads(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for leaf in tree_leaves((args, kwargs)):

@@ -174,6 +174,11 @@ class Plan:
         """The decisions that change something."""
         return tuple(decision for decision in self.decisions if decision.replaced)
 
+    @property
+    def changed(self) -> frozenset[str]:
+        """Names of the sites that change."""
+        return frozenset(name for decision in self.replaced for name in decision.site.names)
+
     def __iter__(self) -> Iterator[Decision]:
         return iter(self.decisions)
 

@@ -223,7 +223,7 @@ def _why_no_module(module: nn.Module, orphan: Orphan) -> str:
     if inside == _CONDITIONAL:
         return f"the filters of {inside} are mixed anew for each image, by weights passed to it"
     if isinstance(module, fx.GraphModule):
-        return f"{orphan.function} on a weight that the graph computes, or also uses otherwise"
+        return f"{orphan.function} on what the graph computes, never trains or also reads elsewhere"
     return (
         f"a functional {orphan.function} in the code of {inside}: there is no module to replace; "
         f"in a graph there is: convert torch.export.export(model, (example,)).module()"

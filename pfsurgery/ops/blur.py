@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from pfsurgery.kernels import choice, functions
 from pfsurgery.ops.base import Op, register_op
-from pfsurgery.ops.window import Window
+from pfsurgery.ops.window import Window, in_layout_of
 from pfsurgery.sites import Site
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -47,14 +47,14 @@ class Blur(nn.Module):
         mode = "replicate" if window.padding_mode == "zeros" else window.padding_mode
         channels = x.shape[-1 - window.dims]
         convolve: Callable[..., Tensor] = _CONVOLVE[window.dims]
-        x = window.pad(x, mode=mode)
+        made = window.pad(x, mode=mode)
         for axis in range(window.dims):
             taps: Tensor = getattr(self, f"taps{axis}").to(x.dtype)
-            taps = taps.expand(channels, *taps.shape[1:])
+            taps = taps.expand(channels, 1, *(-1 for _ in range(window.dims)))
             stride, dilation = ([1] * window.dims for _ in range(2))
             stride[axis], dilation[axis] = window.stride[axis], window.dilation[axis]
-            x = convolve(x, taps, stride=stride, dilation=dilation, groups=channels)
-        return x
+            made = convolve(made, taps, stride=stride, dilation=dilation, groups=channels)
+        return in_layout_of(x, made)
 
     def extra_repr(self) -> str:
         """The window, for printing."""

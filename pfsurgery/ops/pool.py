@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from pfsurgery.kernels import choice, functions
 from pfsurgery.kernels.axes import Axis, Weighing
 from pfsurgery.ops.base import Op, Support, register_op
-from pfsurgery.ops.window import Window
+from pfsurgery.ops.window import Window, in_layout_of
 from pfsurgery.sites import Site
 
 _NARROW = 16
@@ -37,11 +37,12 @@ class MaxPool(nn.Module):
         window = self.window
         if (axes := _axes(window, x, "none")) is not None:
             return functions.max_pool(x, *axes)
-        padding = window.stock_padding
-        if padding is None:
-            x, padding = window.pad(x, value=-math.inf), (0,) * window.dims
         pool: Callable[..., Tensor] = _MAX[window.dims]
-        return pool(x, window.kernel_size, window.stride, padding, window.dilation)
+        padded, padding = x, window.stock_padding
+        if padding is None:
+            padded, padding = window.pad(x, value=-math.inf), (0,) * window.dims
+        made = pool(padded, window.kernel_size, window.stride, padding, window.dilation)
+        return in_layout_of(x, made)
 
     def extra_repr(self) -> str:
         """The window, for printing."""
@@ -69,8 +70,9 @@ class AvgPool(nn.Module):
         pool: Callable[..., Tensor] = _MEAN[window.dims]
         padding = window.stock_padding
         if padding is not None:
-            return pool(x, window.kernel_size, window.stride, padding, count_include_pad=False)
-        means = pool(window.pad(x), window.kernel_size, window.stride)
+            made = pool(x, window.kernel_size, window.stride, padding, count_include_pad=False)
+            return in_layout_of(x, made)
+        means = in_layout_of(x, pool(window.pad(x), window.kernel_size, window.stride))
         if window.padding_mode != "zeros":
             return means
         ones = torch.ones_like(x.narrow(-1 - window.dims, 0, 1))

@@ -46,9 +46,7 @@ class Shift(nn.Module):
         padded = self.window.pad(x)
         channels = -1 - self.window.dims
         groups = torch.split(padded, [size for _, size in self.taps], dim=channels)
-        moved = [
-            self.window.tap(group, tap) for group, (tap, _) in zip(groups, self.taps, strict=True)
-        ]
+        moved = [self.window.tap(groups[i], tap) for i, (tap, _) in enumerate(self.taps)]
         return in_layout_of(x, torch.cat(moved, dim=channels))
 
     def extra_repr(self) -> str:

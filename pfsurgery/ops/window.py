@@ -63,7 +63,7 @@ class Window:
             value: What `"zeros"` padding is filled with.
             mode: Padding mode in place of the window's own.
         """
-        edges = [pixels for axis in reversed(self._pads(x.shape[-self.dims :])) for pixels in axis]
+        edges = [pixels for axis in reversed(self._pads(self._size(x))) for pixels in axis]
         if not any(edges):
             return x
         mode = mode or self.padding_mode
@@ -83,6 +83,10 @@ class Window:
             return None
         return _axes(self, (x.shape[2], x.shape[3]), weighing)
 
+    def _size(self, x: Tensor) -> Size:
+        """Sizes of the axes that the windows slide along, one by one, as `torch.fx` can trace."""
+        return tuple(x.shape[axis] for axis in range(-self.dims, 0))
+
     def _pads(self, size: Size) -> tuple[Pair, ...]:
         geometry = Geometry(1, 1, self.kernel_size, self.stride, self.padding, self.dilation)
         return geometry.pads(size)
@@ -96,7 +100,7 @@ class Window:
                 self.dilation,
                 self.kernel_size,
                 self.stride,
-                padded.shape[-self.dims :],
+                self._size(padded),
                 strict=True,
             )
         )
