@@ -354,3 +354,58 @@ def test_torchvision_and_hugging_face():
     fast = pfsurgery.convert(model, "eff_transformer", example=example)
     assert sum(isinstance(m, EffAttention) for m in fast.modules()) == 2
     assert fast(example).logits.shape == (1, 2)
+
+
+def test_reconstruct_refits_output_layers_to_what_attention_gave():
+    torch.manual_seed(0)
+    model = small(SWIN)
+    images = F.interpolate(torch.randn(96, 3, 8, 8), size=32, mode="bicubic")
+    fast = pfsurgery.convert(model, "eff_transformer")
+    first = copy.deepcopy(fast.layers[0].blocks[1].attn.qkv.weight)
+
+    @torch.no_grad()
+    def error() -> float:
+        goal = model(images[80:])
+        return float((fast(images[80:]) - goal).square().mean() / goal.var())
+
+    before = error()
+    refits = pfsurgery.reconstruct(fast, model, [images[:40], images[40:80]])
+    assert [refit.layer for refit in refits] == [
+        "layers.0.blocks.1.attn.proj",
+        "layers.1.blocks.1.attn.proj",
+    ]
+    assert all(refit.after < 0.7 < refit.before for refit in refits)
+    assert error() < before / 2
+    assert torch.equal(first, fast.layers[0].blocks[1].attn.qkv.weight)
+
+
+def test_reconstruct_corrects_what_the_sum_with_the_shortcut_lacks():
+    """On tokens as on feature maps: of two neighbouring refits the second knows of the first."""
+    torch.manual_seed(0)
+    model = timm.create_model(VIT, depth=4, img_size=64).eval()
+    images = F.interpolate(torch.randn(60, 3, 8, 8), size=64, mode="bicubic")
+    fast = pfsurgery.convert(model, "eff_transformer", example=images[:1])
+    pfsurgery.reconstruct(fast, model, [images])
+    seen = {}
+    for name, net in (("fast", fast), ("model", model)):
+        net.blocks[3].norm2.register_forward_pre_hook(
+            lambda _, args, name=name: seen.__setitem__(name, args[0])
+        )
+        with torch.no_grad():
+            net(images)
+    assert (seen["fast"] - seen["model"]).var() < 0.2 * seen["model"].var()
+    with torch.no_grad():
+        # Least squares leave no error that a constant could still correct.
+        left = (seen["fast"] - seen["model"]).mean((0, 1))
+    assert left.abs().max() < 1e-4 * seen["model"].std()
+
+
+def test_reconstruct_says_where_there_is_nothing_to_refit():
+    models = pytest.importorskip("torchvision").models
+    sizes = {"num_layers": 2, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32}
+    model = models.VisionTransformer(32, 8, **sizes).eval()
+    images = torch.randn(4, 3, 32, 32)
+    fast = pfsurgery.convert(model, "eff_transformer", example=images[:1])
+    (refit,) = pfsurgery.reconstruct(fast, model, [images])
+    assert refit.layer is None
+    assert "never calls its output layer" in refit.reason
