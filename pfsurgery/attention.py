@@ -44,11 +44,15 @@ class Layout:
     pair: bool = False
 
 
-_SEPARATE = Layout(("q_proj", "k_proj", "v_proj"), "o_proj", pair=True)
+_QKV = ("q_proj", "k_proj", "v_proj")  # what timm's classes have where their `qkv` is None
+_SEPARATE = Layout(_QKV, "o_proj", pair=True)
 _TORCH = "torch.nn.modules.activation.MultiheadAttention"  # its three layers are one parameter
 _KNOWN = {
     "timm.layers.attention.Attention": Layout(),
+    "timm.layers.attention.AttentionRope": Layout(takes=("rope",)),
     "timm.models.vision_transformer.Attention": Layout(),
+    "timm.models.eva.EvaAttention": Layout(takes=("rope",)),
+    "timm.models.beit.Attention": Layout(takes=("shared_rel_pos_bias",)),
     "timm.models.vision_transformer_relpos.RelPosAttention": Layout(takes=("shared_rel_pos",)),
     "timm.models.swin_transformer.WindowAttention": Layout(takes=("mask",)),
     "timm.models.swin_transformer_v2.WindowAttention": Layout(takes=("mask",)),
@@ -96,14 +100,25 @@ def projections(module: nn.Module) -> tuple[Tensor, Tensor | None, nn.Linear]:
         )
     if not layout.qkv:
         return settings.in_proj_weight, settings.in_proj_bias, settings.out_proj
-    layers = [getattr(module, name) for name in layout.qkv]
+    layers = [getattr(module, name) for name in _qkv(module, layout)]
     weight = torch.cat([layer.weight for layer in layers])
     biases = [layer.bias for layer in layers]
-    bias = None if any(b is None for b in biases) else torch.cat(biases)
-    if getattr(module, "q_bias", None) is not None:  # Swin v2 adds them outside of the layer
-        zeros = torch.zeros_like(settings.q_bias)
-        bias = torch.cat([settings.q_bias, zeros, settings.v_bias])
-    return weight, bias, getattr(module, layout.proj)
+    if getattr(module, "q_bias", None) is not None:  # Swin v2 and BEiT add them outside the layer
+        outside = [settings.q_bias, torch.zeros_like(settings.q_bias), settings.v_bias]
+        return weight, torch.cat(outside), getattr(module, layout.proj)
+    if all(bias is None for bias in biases):
+        return weight, None, getattr(module, layout.proj)
+    known = [
+        layer.weight.new_zeros(len(layer.weight)) if bias is None else bias
+        for layer, bias in zip(layers, biases, strict=True)
+    ]
+    return weight, torch.cat(known), getattr(module, layout.proj)
+
+
+def _qkv(module: nn.Module, layout: Layout) -> tuple[str, ...]:
+    """Names of the linear layers for query, key and value."""
+    missing = any(getattr(module, name) is None for name in layout.qkv)
+    return _QKV if missing else layout.qkv
 
 
 def attention_sites(seen: GraphView) -> list[tuple[int, Site]]:
@@ -121,14 +136,19 @@ def attention_sites(seen: GraphView) -> list[tuple[int, Site]]:
 
 
 def _attending(seen: GraphView) -> set[str]:
-    """Paths of the modules whose own code attends: multiplies a softmax with something."""
+    """Paths of the modules whose own code attends.
+
+    That is: multiplies a softmax with something, or takes it of something square.
+    """
     paths = set()
     for node in seen.graph.nodes:
         if node.op == "call_module":
             softmax = isinstance(seen.modules[str(node.target)], nn.Softmax)
         else:
             softmax = node.target in _SOFTMAX
-        if node.target in _ATTENTIONS or (softmax and feeds_product(node, seen)):
+        shape = node.meta["shape"]
+        square = len(shape) > 2 and shape[-1] == shape[-2] > 1
+        if node.target in _ATTENTIONS or (softmax and (square or feeds_product(node, seen))):
             paths.add(str(node.meta["owner"]))
     return paths
 
@@ -195,12 +215,15 @@ def _why_blocked(path: str, passes: list[Pass], seen: GraphView) -> str | None:
         )
     if layout.qkv == () and (why := _why_torch(module)):
         return why
-    for name in (*layout.qkv, layout.proj):
+    for name in (*_qkv(module, layout), layout.proj):
         layer = getattr(module, name)
         if not isinstance(layer, nn.Linear) or type(layer).__module__ != nn.Linear.__module__:
             return f"its {name} is a {class_name(layer)} in place of a linear layer"
     if any(hasattr(inner, "parametrizations") for inner in module.modules()):
         return "a weight of it is parametrised; remove the parametrisation before converting"
+    weight, _, output = projections(module)
+    if len(weight) != 3 * output.in_features:
+        return f"it has {len(weight)} channels of query, key and value for {output.in_features}"
     if len(first.in_shape) != 3 or first.out_shape != first.in_shape:
         return f"it makes {first.out_shape} of {first.in_shape}, not tokens of tokens (N, L, C)"
     if any((call.in_shape, call.out_shape) != (first.in_shape, first.out_shape) for call in passes):

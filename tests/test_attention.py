@@ -72,6 +72,7 @@ def reference(layer: EffAttention, x: torch.Tensor) -> torch.Tensor:
         ("swin_tiny_patch4_window7_224", {(7, 7)}, 0),
         ("swinv2_tiny_window16_256", {(16, 16), (8, 8)}, 0),
         ("test_vit_relpos", {(10, 10)}, 0),
+        ("vit_tiny_patch16_dinov3_qkvb", {(16, 16)}, 5),
     ],
 )
 def test_attentions_are_found_with_their_grid(name, grids, prefix):
@@ -195,6 +196,31 @@ def test_what_can_be_copied_is():
     fast = pfsurgery.convert(swin, "eff_transformer", example=torch.zeros(1, 3, 32, 32))
     new = fast.layers[0].blocks[1].attn
     torch.testing.assert_close(new.qkv.bias, torch.cat([old.q_bias, 0 * old.q_bias, old.v_bias]))
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("beit_base_patch16_224", {"embed_dim": 32, "num_heads": 2}),
+        ("vit_small_patch16_dinov3", {"embed_dim": 32, "num_heads": 2}),
+        ("vit_tiny_patch16_dinov3_qkvb", {"embed_dim": 32, "num_heads": 2, "qkv_fused": False}),
+    ],
+)
+def test_query_key_and_value_are_copied_however_they_are_kept(name, kwargs):
+    model = timm.create_model(name, img_size=32, depth=2, **kwargs).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    fast = pfsurgery.convert(model, "eff_transformer", example=torch.zeros(1, 3, 32, 32))
+    old, new = model.blocks[1].attn, fast.blocks[1].attn
+    x = torch.randn(1, new.prefix + 4, 32)
+    if old.qkv is None:
+        expected = torch.cat([old.q_proj(x), old.k_proj(x), old.v_proj(x)], dim=-1)
+    elif getattr(old, "q_bias", None) is not None:
+        zeros = torch.zeros_like(old.q_bias)
+        expected = F.linear(x, old.qkv.weight, torch.cat([old.q_bias, zeros, old.v_bias]))
+    else:
+        expected = old.qkv(x)
+    torch.testing.assert_close(new.qkv(x), expected)
 
 
 def test_conversion_draws_no_random_numbers_and_leaves_the_original_alone():

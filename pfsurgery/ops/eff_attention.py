@@ -157,14 +157,17 @@ class EffAttentionOp(Op):
         return Support() if attends else Support("it takes the place of attention")
 
     def build(self, site: Site) -> nn.Module:
-        """An `EffAttention` for the site's tokens, with random weights."""
+        """An `EffAttention` for the site's tokens, its weights not set."""
         geometry = site.geometry
         if not isinstance(geometry, AttentionGeometry):
             raise ShapeError(f"{site.name} is no attention.")
-        with torch.random.fork_rng(devices=[]):  # what is drawn here will be overwritten
-            return EffAttention(
+        with torch.device("meta"):
+            made = EffAttention(
                 geometry.in_channels, geometry.width, geometry.grid, geometry.prefix
             )
+        made = made.to_empty(device="cpu")
+        made.neighbours = _neighbours(geometry.grid)
+        return made
 
     def parameters(self, site: Site) -> int:
         """Weights and biases of the two linear layers."""
