@@ -14,16 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 from pfsurgery.errors import RecordMismatchError
 from pfsurgery.graph import GraphView, Pass
-from pfsurgery.neighbours import feeds_product
+from pfsurgery.neighbours import attends
 from pfsurgery.sites import AttentionGeometry, Pair, Site, class_name
 
 _MOST_PREFIX = 16  # class, distillation and register tokens; more are tokens of another kind
-_SOFTMAX = {torch.softmax, F.softmax, Tensor.softmax}
-_ATTENTIONS = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,41 +123,44 @@ def attention_sites(seen: GraphView) -> list[tuple[int, Site]]:
     names: dict[int, list[str]] = {}
     for path, module in seen.modules[""].named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(path)
-    attending = _attending(seen)
+    attending = [
+        (place, node) for place, node in enumerate(seen.graph.nodes) if attends(node, seen)
+    ]
+    owners = {str(node.meta["owner"]) for _, node in attending}
     found = []
     for path, passes in seen.passes.items():
-        if layout_of(seen.modules[path]) is not None or path in attending:
+        if layout_of(seen.modules[path]) is not None or path in owners:
             aliases = tuple(names[id(seen.modules[path])])
             found.append((passes[0].position, _site(path, aliases, passes, seen)))
+    loose = [(place, node) for place, node in attending if not node.meta["owner"]]
+    if loose:
+        found.append((loose[0][0], _loose_site([node for _, node in loose], seen)))
     return _numbered(sorted(found, key=lambda item: item[0]))
 
 
-def _attending(seen: GraphView) -> set[str]:
-    """Paths of the modules whose own code attends.
-
-    That is: multiplies a softmax with something, or takes it of something square.
-    """
-    paths = set()
-    for node in seen.graph.nodes:
-        if node.op == "call_module":
-            softmax = isinstance(seen.modules[str(node.target)], nn.Softmax)
-        else:
-            softmax = node.target in _SOFTMAX
-        shape = node.meta["shape"]
-        square = len(shape) > 2 and shape[-1] == shape[-2] > 1
-        if node.target in _ATTENTIONS or (softmax and (square or feeds_product(node, seen))):
-            paths.add(str(node.meta["owner"]))
-    return paths
+def _loose_site(nodes: list[fx.Node], seen: GraphView) -> Site:
+    """A site for attentions in the model's own code, as in a graph; they can only be kept."""
+    model, shape = seen.modules[""], nodes[0].meta["in_shape"]
+    return Site(
+        name="model:attention",
+        names=("model:attention",),
+        module=class_name(model),
+        geometry=AttentionGeometry(shape[-1], shape[-1], (0, 0), width=3 * shape[-1]),
+        input_shape=shape,
+        output_shape=nodes[0].meta["shape"],
+        calls=len(nodes),
+        blocked=f"it is in {type(model).__name__}'s own code: there is no module to replace",
+    )
 
 
 def _site(path: str, names: tuple[str, ...], passes: list[Pass], seen: GraphView) -> Site:
     module, first = seen.modules[path], passes[0]
-    grid, prefix = _grid(first, seen) or ((0, 0), 0)
+    grid, prefix = _grid(first, seen) or ((0, 0), math.prod(first.in_shape[1:-1]))
     channels = first.in_shape[-1]
     why = _why_blocked(path, passes, seen)
     if why is None and not grid[0]:
         why = (
-            f"its {first.in_shape[1]} tokens are not those of one feature map with class tokens in "
+            f"its {prefix} tokens are not those of one feature map with class tokens in "
             f"front, so they form no grid to pool on"
         )
     return Site(

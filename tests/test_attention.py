@@ -158,6 +158,14 @@ def test_tokens_that_form_no_grid_are_refused():
         EffAttention(4, 12, (4, 4), 1)(torch.randn(1, 16, 4))
 
 
+def test_a_mask_of_tokens_is_refused_and_not_ignored():
+    fast = pfsurgery.convert(timm.create_model(VIT, depth=2).eval(), "eff_transformer")
+    x = image(fast, 1)
+    assert fast.forward_features(x).shape == (1, 101, 64)
+    with pytest.raises(UnsupportedSiteError, match="cannot respect a mask"):
+        fast.forward_features(x, attn_mask=torch.ones(101, 101, dtype=torch.bool))
+
+
 def test_shifted_windows_do_not_look_across_the_edge_of_the_image():
     """Tokens that a shift brought together must not see each other, as in the attention."""
     model = small(SWIN)
@@ -326,6 +334,25 @@ def test_what_cannot_be_converted_says_why():
     normed = Tokens(known(16, 2))
     nn.utils.parametrizations.weight_norm(normed.attention.proj)
     assert "its proj is a" in reason(normed) or "parametrised" in reason(normed)
+
+
+def test_attention_in_a_graph_is_kept_and_says_why():
+    model = timm.create_model(VIT, depth=2).eval()
+    graph = torch.export.export(model, (image(model, 1),)).module()
+    (site,) = attentions(graph, image(model, 1)).values()
+    assert (site.name, site.calls) == ("model:attention", 2)
+    assert "no module to replace" in site.blocked
+
+
+def test_gates_and_classifiers_with_a_softmax_are_no_attention():
+    for name in ("skresnet18", "resnest14d"):
+        assert not attentions(timm.create_model(name))
+    unknown = attentions(timm.create_model("cait_xxs24_224", depth=1))
+    assert [site.name for site in unknown.values()] == [
+        "blocks.0.attn",
+        "blocks_token_only.0.attn",
+        "blocks_token_only.1.attn",
+    ]
 
 
 def test_a_registered_attention_is_free():
