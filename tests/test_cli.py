@@ -265,7 +265,7 @@ BAD = {
         "matches no site",
     ),
     "model without sites": (
-        ("scan", "--model", "naflexvit_base_patch16_gap"),
+        ("plan", "--model", "naflexvit_base_patch16_gap", "-p", "maxpool_all"),
         "nothing to convert",
     ),
     "size too small": (("scan", "--model", "vgg11", "--size", "8"), "example of shape"),
