@@ -14,16 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 from pfsurgery.errors import RecordMismatchError
 from pfsurgery.graph import GraphView, Pass
-from pfsurgery.neighbours import feeds_product
+from pfsurgery.neighbours import attends
 from pfsurgery.sites import AttentionGeometry, Pair, Site, class_name
 
 _MOST_PREFIX = 16  # class, distillation and register tokens; more are tokens of another kind
-_SOFTMAX = {torch.softmax, F.softmax, Tensor.softmax}
-_ATTENTIONS = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +41,15 @@ class Layout:
     pair: bool = False
 
 
-_SEPARATE = Layout(("q_proj", "k_proj", "v_proj"), "o_proj", pair=True)
+_QKV = ("q_proj", "k_proj", "v_proj")  # what timm's classes have where their `qkv` is None
+_SEPARATE = Layout(_QKV, "o_proj", pair=True)
 _TORCH = "torch.nn.modules.activation.MultiheadAttention"  # its three layers are one parameter
 _KNOWN = {
     "timm.layers.attention.Attention": Layout(),
+    "timm.layers.attention.AttentionRope": Layout(takes=("rope",)),
     "timm.models.vision_transformer.Attention": Layout(),
+    "timm.models.eva.EvaAttention": Layout(takes=("rope",)),
+    "timm.models.beit.Attention": Layout(takes=("shared_rel_pos_bias",)),
     "timm.models.vision_transformer_relpos.RelPosAttention": Layout(takes=("shared_rel_pos",)),
     "timm.models.swin_transformer.WindowAttention": Layout(takes=("mask",)),
     "timm.models.swin_transformer_v2.WindowAttention": Layout(takes=("mask",)),
@@ -96,14 +97,25 @@ def projections(module: nn.Module) -> tuple[Tensor, Tensor | None, nn.Linear]:
         )
     if not layout.qkv:
         return settings.in_proj_weight, settings.in_proj_bias, settings.out_proj
-    layers = [getattr(module, name) for name in layout.qkv]
+    layers = [getattr(module, name) for name in _qkv(module, layout)]
     weight = torch.cat([layer.weight for layer in layers])
     biases = [layer.bias for layer in layers]
-    bias = None if any(b is None for b in biases) else torch.cat(biases)
-    if getattr(module, "q_bias", None) is not None:  # Swin v2 adds them outside of the layer
-        zeros = torch.zeros_like(settings.q_bias)
-        bias = torch.cat([settings.q_bias, zeros, settings.v_bias])
-    return weight, bias, getattr(module, layout.proj)
+    if getattr(module, "q_bias", None) is not None:  # Swin v2 and BEiT add them outside the layer
+        outside = [settings.q_bias, torch.zeros_like(settings.q_bias), settings.v_bias]
+        return weight, torch.cat(outside), getattr(module, layout.proj)
+    if all(bias is None for bias in biases):
+        return weight, None, getattr(module, layout.proj)
+    known = [
+        layer.weight.new_zeros(len(layer.weight)) if bias is None else bias
+        for layer, bias in zip(layers, biases, strict=True)
+    ]
+    return weight, torch.cat(known), getattr(module, layout.proj)
+
+
+def _qkv(module: nn.Module, layout: Layout) -> tuple[str, ...]:
+    """Names of the linear layers for query, key and value."""
+    missing = any(getattr(module, name) is None for name in layout.qkv)
+    return _QKV if missing else layout.qkv
 
 
 def attention_sites(seen: GraphView) -> list[tuple[int, Site]]:
@@ -111,36 +123,44 @@ def attention_sites(seen: GraphView) -> list[tuple[int, Site]]:
     names: dict[int, list[str]] = {}
     for path, module in seen.modules[""].named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(path)
-    attending = _attending(seen)
+    attending = [
+        (place, node) for place, node in enumerate(seen.graph.nodes) if attends(node, seen)
+    ]
+    owners = {str(node.meta["owner"]) for _, node in attending}
     found = []
     for path, passes in seen.passes.items():
-        if layout_of(seen.modules[path]) is not None or path in attending:
+        if layout_of(seen.modules[path]) is not None or path in owners:
             aliases = tuple(names[id(seen.modules[path])])
             found.append((passes[0].position, _site(path, aliases, passes, seen)))
+    loose = [(place, node) for place, node in attending if not node.meta["owner"]]
+    if loose:
+        found.append((loose[0][0], _loose_site([node for _, node in loose], seen)))
     return _numbered(sorted(found, key=lambda item: item[0]))
 
 
-def _attending(seen: GraphView) -> set[str]:
-    """Paths of the modules whose own code attends: multiplies a softmax with something."""
-    paths = set()
-    for node in seen.graph.nodes:
-        if node.op == "call_module":
-            softmax = isinstance(seen.modules[str(node.target)], nn.Softmax)
-        else:
-            softmax = node.target in _SOFTMAX
-        if node.target in _ATTENTIONS or (softmax and feeds_product(node, seen)):
-            paths.add(str(node.meta["owner"]))
-    return paths
+def _loose_site(nodes: list[fx.Node], seen: GraphView) -> Site:
+    """A site for attentions in the model's own code, as in a graph; they can only be kept."""
+    model, shape = seen.modules[""], nodes[0].meta["in_shape"]
+    return Site(
+        name="model:attention",
+        names=("model:attention",),
+        module=class_name(model),
+        geometry=AttentionGeometry(shape[-1], shape[-1], (0, 0), width=3 * shape[-1]),
+        input_shape=shape,
+        output_shape=nodes[0].meta["shape"],
+        calls=len(nodes),
+        blocked=f"it is in {type(model).__name__}'s own code: there is no module to replace",
+    )
 
 
 def _site(path: str, names: tuple[str, ...], passes: list[Pass], seen: GraphView) -> Site:
     module, first = seen.modules[path], passes[0]
-    grid, prefix = _grid(first, seen) or ((0, 0), 0)
+    grid, prefix = _grid(first, seen) or ((0, 0), math.prod(first.in_shape[1:-1]))
     channels = first.in_shape[-1]
     why = _why_blocked(path, passes, seen)
     if why is None and not grid[0]:
         why = (
-            f"its {first.in_shape[1]} tokens are not those of one feature map with class tokens in "
+            f"its {prefix} tokens are not those of one feature map with class tokens in "
             f"front, so they form no grid to pool on"
         )
     return Site(
@@ -195,12 +215,15 @@ def _why_blocked(path: str, passes: list[Pass], seen: GraphView) -> str | None:
         )
     if layout.qkv == () and (why := _why_torch(module)):
         return why
-    for name in (*layout.qkv, layout.proj):
+    for name in (*_qkv(module, layout), layout.proj):
         layer = getattr(module, name)
         if not isinstance(layer, nn.Linear) or type(layer).__module__ != nn.Linear.__module__:
             return f"its {name} is a {class_name(layer)} in place of a linear layer"
     if any(hasattr(inner, "parametrizations") for inner in module.modules()):
         return "a weight of it is parametrised; remove the parametrisation before converting"
+    weight, _, output = projections(module)
+    if len(weight) != 3 * output.in_features:
+        return f"it has {len(weight)} channels of query, key and value for {output.in_features}"
     if len(first.in_shape) != 3 or first.out_shape != first.in_shape:
         return f"it makes {first.out_shape} of {first.in_shape}, not tokens of tokens (N, L, C)"
     if any((call.in_shape, call.out_shape) != (first.in_shape, first.out_shape) for call in passes):

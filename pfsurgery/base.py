@@ -60,6 +60,8 @@ class Base:
 def _build_timm(base: Base) -> nn.Module:
     import timm
 
+    import pfsurgery.zoo  # noqa: F401 (registers the paper's models)
+
     if not timm.is_model(base.name):
         raise UnknownNameError(
             f"timm {timm.__version__} has no model {base.name!r}. "

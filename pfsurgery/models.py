@@ -11,6 +11,7 @@ from torch import nn
 from pfsurgery.base import Base, base_of, set_base
 from pfsurgery.checkpoint import HUB, load
 from pfsurgery.errors import RecordMismatchError, SurgeryError
+from pfsurgery.record import has_record
 
 
 def open_model(
@@ -99,7 +100,8 @@ def _opened(base: Base, pretrained: bool, checkpoint: str | Path | None) -> nn.M
     model = _pretrained(base) if pretrained and checkpoint is None else base.build()
     if checkpoint is not None:
         _load_checkpoint(model, Path(checkpoint))
-    set_base(model, base)
+    if not has_record(model):  # one of the paper's models says itself what it was made from
+        set_base(model, base)
     return model.eval()
 
 

@@ -151,8 +151,24 @@ def feeds_output(node: fx.Node, seen: GraphView) -> bool:
     return False
 
 
-def feeds_product(node: fx.Node, seen: GraphView) -> bool:
-    """Whether a matrix product reads `node`, with nothing but views, casts or dropout between."""
+def attends(node: fx.Node, seen: GraphView) -> bool:
+    """Whether `node` is the heart of an attention.
+
+    That is a call of PyTorch's own, or a softmax that is of something square or is multiplied with
+    something, with nothing but views, casts or dropout between.
+    """
+    if node.op == "call_module":
+        softmax = isinstance(seen.modules[str(node.target)], nn.Softmax)
+    elif _is(node, {F.scaled_dot_product_attention, F.multi_head_attention_forward}):
+        return True
+    else:
+        softmax = _is(node, {torch.softmax, F.softmax, Tensor.softmax})
+    shape = node.meta["shape"]
+    square = len(shape) > 2 and shape[-1] == shape[-2] > 1
+    return softmax and (square or _feeds_product(node, seen))
+
+
+def _feeds_product(node: fx.Node, seen: GraphView) -> bool:
     while len(node.users) == 1:
         (user,) = node.users
         if user.op == "output":

@@ -113,7 +113,7 @@ class Policy:
     def attention(self) -> bool:
         """Whether self-attentions are sites for it."""
         ops = (get_op(rule.op) for rule in self.rules if rule.op != KEEP)
-        return any(op.attention for op in ops)
+        return any(op.attention for op in ops) or any(r.kind == "attention" for r in self.rules)
 
     def decide(self, site: Site) -> Rule | None:
         """The first rule that matches `site`, None where none does."""

@@ -44,7 +44,7 @@ def scan(
     pointwise: bool = False,
     attention: bool = False,
 ) -> tuple[Site, ...]:
-    """Find every spatial convolution of `model`, in the order of execution.
+    """Find every spatial convolution of `model`, and more if asked, in the order of execution.
 
     The model itself is neither run nor changed: a shadow of it, without weights, runs once.
 

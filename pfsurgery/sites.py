@@ -128,7 +128,8 @@ class AttentionGeometry(Geometry):
         heads: Number of heads.
         grid: (rows, columns) of tokens in the image, or in the window that attention is limited
             to; (0, 0) where the tokens form no grid.
-        prefix: Tokens in front of the grid: class, distillation and register tokens.
+        prefix: Tokens in front of the grid: class, distillation and register tokens. All tokens
+            where there is no grid.
         block: Which attention of its stage it is, counted from 0; a stage is a run of attentions
             with the same channels and number of tokens.
         weights: Parameters of the whole module, position tables included.
@@ -160,6 +161,8 @@ class AttentionGeometry(Geometry):
 
     def __str__(self) -> str:
         """For example `14x14+1 tokens 192 h3`."""
+        if not self.grid[0]:
+            return f"{self.prefix} tokens {self.in_channels} h{self.heads}"
         extra = f"+{self.prefix}" if self.prefix else ""
         return f"{self.grid[0]}x{self.grid[1]}{extra} tokens {self.in_channels} h{self.heads}"
 

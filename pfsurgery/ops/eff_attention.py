@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pfsurgery.errors import ShapeError
+from pfsurgery.errors import ShapeError, UnsupportedSiteError
 from pfsurgery.ops.base import Op, Support, register_op
 from pfsurgery.ops.pool import MaxPool
 from pfsurgery.ops.window import Window
 from pfsurgery.sites import AttentionGeometry, Pair, Site
 
 _REACH = (-1, 0, 1)
+_MASKS = ("attn_mask", "attention_mask", "key_padding_mask")
 
 
 class EffAttention(nn.Module):
@@ -58,17 +59,24 @@ class EffAttention(nn.Module):
         self.proj_drop: nn.Module = nn.Identity()
         self.register_buffer("neighbours", _neighbours(grid), persistent=False)
 
-    def forward(self, x: Tensor, *_: Any, mask: Tensor | None = None, **__: Any) -> Any:
+    def forward(self, x: Tensor, *_: Any, mask: Tensor | None = None, **further: Any) -> Any:
         """Tokens (N, L, C) to as many; further arguments concern the attention that stood here.
 
         Args:
             x: The tokens.
             mask: (windows, L, L), 0 where a token may look and negative elsewhere, for N = batch *
                 windows.
+            **further: What else the attention took.
 
         Raises:
             ShapeError: L does not fit the grid.
+            UnsupportedSiteError: A mask of another kind is given.
         """
+        if further.get("is_causal") or any(further.get(name) is not None for name in _MASKS):
+            raise UnsupportedSiteError(
+                "An EffAttention pools over all neighbours and cannot respect a mask of tokens: "
+                "call the model without one, or keep its attention."
+            )
         hidden = F.gelu(self.qkv(x))
         tokens = hidden[:, self.prefix :] if self.prefix else hidden
         pooled = self._pooled(tokens) if mask is None else self._masked(tokens, mask)
@@ -157,14 +165,17 @@ class EffAttentionOp(Op):
         return Support() if attends else Support("it takes the place of attention")
 
     def build(self, site: Site) -> nn.Module:
-        """An `EffAttention` for the site's tokens, with random weights."""
+        """An `EffAttention` for the site's tokens, its weights not set."""
         geometry = site.geometry
         if not isinstance(geometry, AttentionGeometry):
             raise ShapeError(f"{site.name} is no attention.")
-        with torch.random.fork_rng(devices=[]):  # what is drawn here will be overwritten
-            return EffAttention(
+        with torch.device("meta"):
+            made = EffAttention(
                 geometry.in_channels, geometry.width, geometry.grid, geometry.prefix
             )
+        made = made.to_empty(device="cpu")
+        made.neighbours = _neighbours(geometry.grid)
+        return made
 
     def parameters(self, site: Site) -> int:
         """Weights and biases of the two linear layers."""
