@@ -1,10 +1,12 @@
 """Make trained vision models faster: swap spatial convolutions for parameter-free operations."""
 
 from pfsurgery import kernels
+from pfsurgery.attention import register_attention
 from pfsurgery.base import Base, set_base
 from pfsurgery.checkpoint import load, save
 from pfsurgery.convert import convert, convert_, plan
 from pfsurgery.errors import SurgeryError
+from pfsurgery.hub import push
 from pfsurgery.measure import Comparison, Measurement, compare, measure
 from pfsurgery.ops import Op, Support, list_ops, register_op
 from pfsurgery.optimize import optimize
@@ -56,9 +58,11 @@ __all__ = [
     "measure",
     "optimize",
     "plan",
+    "push",
     "recalibrate",
     "reconstruct",
     "record",
+    "register_attention",
     "register_convolution",
     "register_op",
     "register_policy",

@@ -12,6 +12,10 @@ from pfsurgery.errors import RecordMismatchError, UnknownNameError, closest
 from pfsurgery.example import reads_image
 
 _ATTRIBUTE = "_pfsurgery_base"
+_LOADING = {
+    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"),
+    *("weights", "weights_backbone"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +37,15 @@ class Base:
 
         Raises:
             UnknownNameError: The library has no model of that name.
-            RecordMismatchError: The library is unknown, or refuses the arguments.
+            RecordMismatchError: The library is unknown, or refuses the arguments; or these would
+                make it read other files or fetch weights.
         """
+        for key in self.kwargs:
+            if key in _LOADING:
+                raise RecordMismatchError(
+                    f"{key!r} is no argument for the base of a saved model: it would load weights "
+                    f"from elsewhere. Pass base= with the model itself."
+                )
         if self.library == "timm":
             return _build_timm(self)
         if self.library == "torchvision":
@@ -48,6 +59,8 @@ class Base:
 
 def _build_timm(base: Base) -> nn.Module:
     import timm
+
+    import pfsurgery.zoo  # noqa: F401 (registers the paper's models)
 
     if not timm.is_model(base.name):
         raise UnknownNameError(

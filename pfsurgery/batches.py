@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from pfsurgery.data import open_data, open_part
+from pfsurgery.data import LIGHT, Augmentation, open_data, open_part
 from pfsurgery.errors import DataError
 from pfsurgery.images import CheckedImages
 
@@ -26,6 +26,8 @@ def open_images(
     *,
     training: bool,
     batch_size: int = 64,
+    labelled: bool = True,
+    augmentation: Augmentation = LIGHT,
 ) -> Iterable[Any]:
     """Batches that can be iterated again and again, from whatever a caller may hold.
 
@@ -36,13 +38,24 @@ def open_images(
         training: Whether the training part is wanted (shuffled) or the validation part. A path
             without a validation part gives all of its images for validation.
         batch_size: Images in a batch, for paths, names and data sets.
+        labelled: If not, training images at a path need no class folders.
+        augmentation: Of training images, for paths and names.
 
     Raises:
         DataError: As for `open_data`; or `source` can be iterated only once, or not at all.
     """
     if isinstance(source, (str, Path)):
+        if training and not labelled:
+            return open_part(
+                source,
+                model,
+                training_part=True,
+                labelled=False,
+                batch_size=batch_size,
+                augmentation=augmentation,
+            )
         if training:
-            return open_data(source, model, batch_size=batch_size).train
+            return open_data(source, model, batch_size=batch_size, augmentation=augmentation).train
         return open_part(source, model, training_part=False, batch_size=batch_size)
     if isinstance(source, Dataset) and not isinstance(source, (DataLoader, IterableDataset)):
         number = len(source)  # type: ignore[arg-type]

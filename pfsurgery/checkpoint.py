@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ from torch import Tensor, nn
 
 from pfsurgery.base import Base, base_of, set_base
 from pfsurgery.errors import PolicyError, RecordMismatchError, SurgeryError, closest
+from pfsurgery.files import write_atomically
+from pfsurgery.graph import shadow_of
 from pfsurgery.modularise import modularise
 from pfsurgery.record import Record, has_record, record, remember
 from pfsurgery.rewrite import Undo, apply_plan, undo
@@ -22,6 +23,7 @@ from pfsurgery.sites import class_name
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+HUB = "hf-hub:"
 _FORMAT = 1
 
 
@@ -86,7 +88,8 @@ def load(
     """The model that `save` wrote, in eval mode. Runs no code from the files.
 
     Args:
-        directory: What `save` wrote.
+        directory: What `save` wrote, or `hf-hub:USER/NAME`, which is downloaded from the Hugging
+            Face hub, or taken from its local cache.
         base: The unconverted model, or a function that makes it, for a model that neither timm nor
             torchvision can make by name. A given model is converted itself and its weights are
             overwritten.
@@ -97,45 +100,86 @@ def load(
             message names the file or the key.
         UnknownNameError: The base model's library has no such model.
     """
-    directory = Path(directory)
+    directory = _fetched(directory)
     content = _read_config(directory)
     state = _read_weights(directory, content)
-    model = _base_model(content, base, directory)
-    try:
+    with _as_mismatch(directory):
         done = Record.from_dict(content["record"])
-    except (PolicyError, KeyError, TypeError) as error:
-        raise RecordMismatchError(f"{directory / CONFIG}: {error}") from None
-    modularise(model, inplace=True)
-    replaced: Undo = []
-    try:
-        for plan in done.plans:
-            replaced = apply_plan(model, plan.replaced) + replaced
-        _check_fingerprint(model, content.get("modules", {}), directory)
-        _load_state(model, state, directory / WEIGHTS)
-    except SurgeryError:
-        undo(model, replaced)
-        raise
+    given = base() if callable(base) and not isinstance(base, nn.Module) else base
+    with _as_mismatch(directory), torch.device("meta"):
+        _rebuild(_shadow_base(content, given, directory), done, content, state, directory)
+    model = given or _named_base(content, directory)
+    with _as_mismatch(directory):
+        _rebuild(model, done, content, state, directory)
+        for key, tensor in model.state_dict(keep_vars=True).items():
+            tensor.data = tensor.data.to(state[key].dtype)
+        model.load_state_dict(dict(state))
     for plan in done.plans:
         remember(model, plan)
     if content.get("images") and isinstance(getattr(model, "pretrained_cfg", None), dict):
         images = {k: tuple(v) if isinstance(v, list) else v for k, v in content["images"].items()}
         model.pretrained_cfg = {**model.pretrained_cfg, **images}  # type: ignore[dict-item,assignment]
-    return model.eval().to(device)
+    with suppress(NotImplementedError):  # what torch.export makes has no modes
+        model.eval()
+    return model.to(device)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a crash leaves either the old one or the new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+@contextmanager
+def _as_mismatch(directory: Path) -> Iterator[None]:
+    """Whatever goes wrong inside is the files' fault: they may have been forged."""
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        yield
+    except SurgeryError as error:
+        if isinstance(error, PolicyError):
+            raise RecordMismatchError(f"{directory / CONFIG}: {error}") from None
         raise
+    except (Exception, RecursionError) as error:
+        what = str(error).partition("\n")[0][:300]
+        raise RecordMismatchError(
+            f"{directory / CONFIG} does not fit the model: {type(error).__name__}: {what}"
+        ) from error
+
+
+def _rebuild(
+    model: nn.Module,
+    done: Record,
+    content: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    directory: Path,
+) -> None:
+    """Convert `model` as `done` says and check that `state` fits it, else leave it as it was."""
+    replaced: Undo = []
+    try:
+        for plan in done.plans:
+            modularise(model, inplace=True, only=plan.changed)
+            replaced = apply_plan(model, plan.replaced) + replaced
+        _check_fingerprint(model, content.get("modules", {}), directory)
+        _check_state(model, state, directory / WEIGHTS)
+    except Exception:
+        undo(model, replaced)
+        raise
+
+
+def _shadow_base(content: Mapping[str, Any], given: nn.Module | None, directory: Path) -> nn.Module:
+    """The base without storage: what does not fit is found before any memory is taken."""
+    if given is None:
+        return _named_base(content, directory)
+    return shadow_of(given, lambda tensor: torch.empty_like(tensor, device="meta"))
+
+
+def _fetched(directory: str | Path) -> Path:
+    """The local folder of what may be on the hub."""
+    if not str(directory).startswith(HUB):
+        return Path(directory)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    name = str(directory).removeprefix(HUB)
+    try:
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SurgeryError(f"{directory} cannot be had from the hub: {reason}") from None
 
 
 def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -204,7 +248,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
             f"{path} cannot be read: {error.strerror}. Is {directory} a folder that "
             f"pfsurgery.save wrote?"
         ) from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise RecordMismatchError(
             f"{path} is truncated, or was not written by pfsurgery.save."
         ) from None
@@ -233,16 +277,11 @@ def _read_weights(directory: Path, content: Mapping[str, Any]) -> dict[str, Tens
     return state
 
 
-def _base_model(
+def _named_base(
     content: Mapping[str, Any],
-    base: nn.Module | Callable[[], nn.Module] | None,
     directory: Path,
 ) -> nn.Module:
-    if isinstance(base, nn.Module):
-        return base
-    if base is not None:
-        return base()
-    if content["base"] is None:
+    if content.get("base") is None:
         raise RecordMismatchError(
             f"{directory} does not say which model it was converted from: pass it, as in "
             f"pfsurgery.load({str(directory)!r}, base=make_my_model)."
@@ -250,13 +289,13 @@ def _base_model(
     try:
         known = Base(**content["base"])
         model = known.build()
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise RecordMismatchError(f"{directory / CONFIG}: base: {error}.") from None
     set_base(model, known)
     return model
 
 
-def _load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+def _check_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     expected = model.state_dict()
     for key in expected.keys() - state.keys():
         raise RecordMismatchError(
@@ -275,6 +314,3 @@ def _load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> No
                 f"{tuple(expected[key].shape)}. If the model was built with other arguments, "
                 f"pass it as base=."
             )
-    for key, tensor in model.state_dict(keep_vars=True).items():
-        tensor.data = tensor.data.to(state[key].dtype)
-    model.load_state_dict(dict(state))

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from pfsurgery.errors import NoEffectWarning, PolicyError, ShapeError
+from pfsurgery.errors import NoEffectWarning, PolicyError, ShapeError, SurgeryError
 from pfsurgery.example import Example, example_inputs
 from pfsurgery.graph import view
 from pfsurgery.modularise import modularise
@@ -54,7 +54,7 @@ def plan(
     """
     chosen = get_policy(policy)
     return make_plan(
-        scan(model, example),
+        scan(model, example, attention=chosen.attention),
         chosen,
         include=include,
         exclude=exclude,
@@ -92,7 +92,17 @@ def convert(
     chosen = _as_plan(model, policy, example, include, exclude, where, mixing)
     _check(model, chosen, example)
     with torch.inference_mode(False):
-        return _apply(copy.deepcopy(model), chosen)
+        return _apply(_copied(model), chosen)
+
+
+def _copied(model: Model) -> Model:
+    try:
+        return copy.deepcopy(model)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise SurgeryError(
+            f"{type(model).__name__} cannot be copied: {error} Convert it in place with convert_, "
+            f"or, if a tensor's history is in the way, run it once under torch.no_grad() before."
+        ) from error
 
 
 def convert_(
@@ -194,7 +204,7 @@ def _check(model: nn.Module, chosen: Plan, example: Example | None) -> None:
 
 
 def _apply(model: Model, chosen: Plan) -> Model:
-    modularise(model, inplace=True)
+    modularise(model, inplace=True, only=chosen.changed)
     apply_plan(model, chosen.replaced)
     remember(model, chosen)
     return model

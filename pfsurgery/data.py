@@ -19,7 +19,27 @@ _NAMED = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
 _TRAIN_NAMES = ("train", "training")
 _VAL_NAMES = ("val", "valid", "validation", "eval", "test")
 _HELD_OUT_EVERY = 10
-_LIGHT_AUGMENTATION = {"scale": (0.35, 1.0), "hflip": 0.5, "color_jitter": 0.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Augmentation:
+    """How training images that are read by path are augmented; half of them are also mirrored.
+
+    Attributes:
+        crop_scale: Smallest share of the area that random crops keep.
+        policy: timm's augmentation, such as `rand-m9-mstd0.5` (RandAugment), `augmix` or `3a`.
+    """
+
+    crop_scale: float = 0.35
+    policy: str | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """As keyword arguments of timm's `create_loader`."""
+        light = {"scale": (self.crop_scale, 1.0), "hflip": 0.5, "color_jitter": 0.0}
+        return {**light, "auto_augment": self.policy}
+
+
+LIGHT = Augmentation()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +73,7 @@ class OpenedData:
     """Loaders of (images, labels): (N, C, H, W) float32, normalised, and (N,) class indices.
 
     Attributes:
-        train: Shuffled and lightly augmented (random crop of 35 to 100 % of the area, horizontal
-            flip); an incomplete last batch is dropped.
+        train: Shuffled and augmented; an incomplete last batch is dropped.
         val: In order, resized and cropped as the model expects.
         classes: Name of each class; empty where the source does not tell.
         input_size: (C, H, W) of every image, in pixels.
@@ -105,6 +124,9 @@ def open_data(
     batch_size: int = 64,
     workers: int | None = None,
     root: str | Path | None = None,
+    labelled: bool = True,
+    in_memory: bool = False,
+    augmentation: Augmentation = LIGHT,
 ) -> OpenedData:
     """Loaders for training and validation, made by timm, that fit a model.
 
@@ -131,22 +153,30 @@ def open_data(
         workers: Processes that read images; by default one less than the usable cores, at most 8.
             With 0 the images are read in this process.
         root: Where `torch/`, `hfds/` and `tfds/` data sets lie or are downloaded to.
+        labelled: If not, the training images need no class folders. Without class folders there
+            must be a validation part.
+        in_memory: Whether to decode all images of a folder or tar file once and keep them, as
+            many bytes as pixels times channels.
+        augmentation: Of training images.
 
     Raises:
         DataError: `source` does not exist, cannot be read, is empty, has no class folders, or its
-            classes differ between the parts or in number from the model's.
+            classes differ between the parts or in number from the model's; or the augmentation is
+            not one of timm's.
     """
     if str(source) == "digits":
         return _digits_loaders(model, batch_size)
     config = _data_config(model)
-    train, val = _open_parts(source, config, root)
-    classes = _class_names(train)
-    if not _is_named(source) and classes != _class_names(val):
-        raise DataError(_differing_classes(source, classes, _class_names(val)))
+    train, val = _open_parts(source, config, root, labelled)
+    classes = _class_names(val)
+    if not _is_named(source) and labelled and classes != _class_names(train):
+        raise DataError(_differing_classes(source, _class_names(train), classes))
     _check_class_count(source, len(classes), config["num_classes"])
+    if in_memory:
+        train, val = _kept(train, source), _kept(val, source)
     return OpenedData(
-        train=_loader(train, config, batch_size, workers, training=True),
-        val=_loader(val, config, batch_size, workers, training=False),
+        train=_loader(train, config, batch_size, workers, augmentation),
+        val=_loader(val, config, batch_size, workers),
         classes=classes,
         input_size=config["input_size"],
     )
@@ -159,8 +189,9 @@ def open_part(
     training_part: bool,
     labelled: bool = True,
     batch_size: int = 64,
+    augmentation: Augmentation | None = None,
 ) -> DataLoader[Any]:
-    """A loader of one part of a source, in order and without augmentation.
+    """A loader of one part of a source, in order, or shuffled where it is augmented.
 
     Args:
         source: As for `open_data`. Of a folder or tar file without such a part, all images.
@@ -169,6 +200,7 @@ def open_part(
             for names and `digits`).
         labelled: If not, images need no class folders and the number of classes is not checked.
         batch_size: Images in a batch.
+        augmentation: If given, the images are shuffled and augmented, for training.
 
     Raises:
         DataError: As for `open_data`.
@@ -177,10 +209,11 @@ def open_part(
         return open_data(source, model, batch_size=batch_size).val
     config = _data_config(model)
     path = _existing(source, _TRAIN_NAMES if training_part else _VAL_NAMES)
-    images = open_reader(path, config["input_size"], training=False, labelled=labelled)
+    training = augmentation is not None
+    images = open_reader(path, config["input_size"], training=training, labelled=labelled)
     if labelled:
         _check_class_count(source, len(images.classes), config["num_classes"])
-    return _loader(images, config, batch_size, None, training=False)
+    return _loader(images, config, batch_size, None, augmentation)
 
 
 def _split(labels: Sequence[int], every: int) -> tuple[list[int], list[int]]:
@@ -227,7 +260,7 @@ def _existing(source: str | Path, names: Sequence[str]) -> Path:
 
 
 def _open_parts(
-    source: str | Path, config: Mapping[str, Any], root: str | Path | None
+    source: str | Path, config: Mapping[str, Any], root: str | Path | None, labelled: bool
 ) -> tuple[Dataset[Any], Dataset[Any]]:
     size = config["input_size"]
     if _is_named(source):
@@ -239,8 +272,9 @@ def _open_parts(
             f"{path} has a validation part ({val_path.name}) but no training part; add one, named "
             f"train or train.tar."
         )
-    train = open_reader(train_path, size, training=True)
-    if val_path != path:
+    apart = val_path != path
+    train = open_reader(train_path, size, training=True, labelled=labelled or not apart)
+    if apart:
         return train, open_reader(val_path, size, training=False)
     kept, held_out = _split(train.labels, every=_HELD_OUT_EVERY)
     if not held_out:
@@ -282,29 +316,44 @@ def _default_workers() -> int:
     return max(0, min(8, cores - 1))
 
 
+def _kept(images: Dataset[Any], source: str | Path) -> Dataset[Any]:
+    if not isinstance(images, CheckedImages):
+        raise DataError(f"{source} is not a folder or tar file, so it cannot be kept in memory.")
+    return images.in_memory()
+
+
 def _loader(
     dataset: Any,
     config: Mapping[str, Any],
     batch_size: int,
     workers: int | None,
-    *,
-    training: bool,
+    augmentation: Augmentation | None = None,
 ) -> DataLoader[Any]:
     from timm.data import create_loader
 
-    if training and not isinstance(dataset, IterableDataset):
+    training, stream = augmentation is not None, isinstance(dataset, IterableDataset)
+    if training and not stream:
         batch_size = min(batch_size, len(dataset))
     settings = {name: value for name, value in config.items() if name != "num_classes"}
-    loader: DataLoader[Any] = create_loader(
-        dataset,
-        batch_size=batch_size,
-        is_training=training,
-        num_workers=_default_workers() if workers is None else workers,
-        use_prefetcher=False,
-        pin_memory=torch.cuda.is_available(),
-        **settings,
-        **(_LIGHT_AUGMENTATION if training else {}),
-    )
+    try:
+        loader: DataLoader[Any] = create_loader(
+            dataset,
+            batch_size=batch_size,
+            is_training=training,
+            num_workers=_default_workers() if workers is None else workers,
+            persistent_workers=not stream,  # workers of a stream begin each epoch from its seed
+            use_prefetcher=False,
+            pin_memory=torch.cuda.is_available(),
+            **settings,
+            **({} if augmentation is None else augmentation.settings()),
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        if augmentation is None or augmentation.policy is None:
+            raise
+        raise DataError(
+            f"timm has no augmentation {augmentation.policy!r} ({error!r}). Give one such as "
+            f"rand-m9-mstd0.5, augmix or 3a."
+        ) from None
     return loader
 
 

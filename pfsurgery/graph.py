@@ -24,8 +24,17 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pfsurgery.errors import ShapeError, SurgeryError
+from pfsurgery.sites import convolves
 
-_CONVOLUTIONS = {torch.conv2d, nn.functional.conv2d}
+_CONVOLUTIONS = {
+    *(torch.conv1d, torch.conv2d, torch.conv3d),
+    *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
+}
+# The same in exported graphs; `aten.convolution` where they are decomposed.
+_EXPORTED = {
+    *("conv1d", "conv2d", "conv3d", "convolution"),
+    *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+}
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -35,6 +44,49 @@ _HOOKS = (
     "_forward_pre_hooks_with_kwargs",
     "_forward_hooks_always_called",
 )
+
+# Set by transformers on a model that has run: the hooks which collect its hidden states are in
+# place. A shadow, whose hooks are gone, has to set them up again.
+_HOOKED = "_output_capturing_hooks_installed"
+
+
+@dataclass(frozen=True, slots=True)
+class Orphan:
+    """A call of `conv2d` or one of its kin that no convolution module made.
+
+    Attributes:
+        owner: Path of the module whose code made it.
+        function: Name of the function.
+        weight_shape: (outputs, inputs / groups, kernel height, kernel width), the first two the
+            other way round of a transposed one.
+        input_shape: Shape of what it read.
+        output_shape: Shape of what it made.
+    """
+
+    owner: str
+    function: str
+    weight_shape: tuple[int, ...]
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One call of a module that is not a leaf.
+
+    Attributes:
+        source: The node that made its first tensor, None where that is not known.
+        in_shape: Shape of its first tensor.
+        out_shape: Shape of the first tensor that it returned.
+        others: The further tensors that it was given: names of keyword arguments, else places.
+        position: How many nodes the graph had when it returned.
+    """
+
+    source: fx.Node | None
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    others: tuple[str, ...]
+    position: int
 
 
 @dataclass
@@ -48,19 +100,19 @@ class GraphView:
             module that made the call), `shape` of the first tensor it returns, and `in_shape` of
             the first that it reads.
         modules: The shadow's modules by path. Tensors in it have no storage.
-        orphans: (owner path, weight shape, input shape, output shape) of each `conv2d` call with a
-            kernel larger than one pixel that no `nn.Conv2d` made.
+        orphans: Calls of convolution functions, with a kernel larger than one pixel, that no
+            convolution module made.
         foreign_reads: Paths of modules whose weight another module's code reads, with the reader.
+        passes: Calls of modules that are not leaves, by path.
         output: What the model returned, with a (shape, dtype) in place of each tensor.
         by_value: The model had to run on real values, so that shapes may depend on them.
     """
 
     graph: fx.Graph
     modules: dict[str, nn.Module]
-    orphans: list[tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = field(
-        default_factory=list
-    )
+    orphans: list[Orphan] = field(default_factory=list)
     foreign_reads: dict[str, str] = field(default_factory=dict)
+    passes: dict[str, list[Pass]] = field(default_factory=dict)
     output: Any = None
     by_value: bool = False
 
@@ -180,6 +232,7 @@ def shadow_of(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Modul
     for module in shadow.modules():
         for hooks in _HOOKS:
             getattr(module, hooks, {}).clear()
+        module.__dict__.pop(_HOOKED, None)
     return shadow.eval()
 
 
@@ -217,14 +270,15 @@ def described(value: Any) -> Any:
 def is_norm(module: nn.Module) -> bool:
     """Whether `module` is a norm, going by its class's name; `ConvNorm` blocks are not."""
     return "norm" in type(module).__name__.lower() and not any(
-        isinstance(inner, nn.Conv2d | nn.Linear) for inner in module.modules()
+        isinstance(inner, nn.Linear) or convolves(inner) for inner in module.modules()
     )
 
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether a call of `module` is one node of the graph view."""
     return (
-        isinstance(module, nn.Conv2d | nn.Linear)
+        isinstance(module, nn.Linear)
+        or convolves(module)
         or is_norm(module)
         or next(module.children(), None) is None
     )
@@ -242,6 +296,14 @@ def _record(shadow: nn.Module, example: tuple[Any, ...]) -> GraphView:
     return recorder.view
 
 
+def _convolution_name(function: Any) -> str | None:
+    """`conv2d` and the like, if `function` convolves."""
+    if isinstance(function, torch._ops.OpOverload):
+        name = function.overloadpacket.__name__
+        return name if function.namespace == "aten" and name in _EXPORTED else None
+    return str(function.__name__) if function in _CONVOLUTIONS else None
+
+
 class _Recorder(TorchFunctionMode):
     """Turns module calls and tensor functions into nodes, and tensors into edges."""
 
@@ -256,7 +318,7 @@ class _Recorder(TorchFunctionMode):
         self._weights = {
             id(parameter): path
             for path, module in modules.items()
-            if isinstance(module, nn.Conv2d)
+            if convolves(module)
             for parameter in module._parameters.values()
             if parameter is not None
         }
@@ -285,20 +347,32 @@ class _Recorder(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        if func in _CONVOLUTIONS and not isinstance(self._leaf, nn.Conv2d):
-            self._add_orphan(args, kwargs, output)
+        if func is nn.functional.batch_norm and args[0].is_meta:
+            output = torch.empty_like(
+                args[0]
+            )  # torch's own way to this shape is the slowest of all
+        else:
+            output = func(*args, **kwargs)
+        name = _convolution_name(func)
+        if name is not None and (self._leaf is None or not convolves(self._leaf)):
+            self._add_orphan(name, args, kwargs, output)
         if self._leaf is None:
             self.add("call_function", func, (args, kwargs), output)
             self._note_foreign_reads(args, kwargs)
         return output
 
-    def _add_orphan(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    def _add_orphan(
+        self,
+        function: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Tensor,
+    ) -> None:
         weight = args[1] if len(args) > 1 else kwargs["weight"]
         source = args[0] if args else kwargs["input"]
         if max(weight.shape[2:]) > 1:
             shapes = (tuple(weight.shape), tuple(source.shape), tuple(output.shape))
-            self.view.orphans.append((self._stack[-1], *shapes))
+            self.view.orphans.append(Orphan(self._stack[-1], function, *shapes))
 
     def _note_foreign_reads(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for leaf in tree_leaves((args, kwargs)):
@@ -333,3 +407,23 @@ class _Recorder(TorchFunctionMode):
         if self._leaf is module:
             self._leaf = None
             self.add("call_module", path, (args, kwargs), output)
+        elif self._leaf is None and path:
+            self._add_pass(path, args, kwargs, output)
+
+    def _add_pass(
+        self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        given = {**{str(place): value for place, value in enumerate(args)}, **kwargs}
+        tensors = [(name, t) for name, value in given.items() for t in tensors_in(value, 0)]
+        made = tensors_in(output, 1)
+        if not tensors or not made:
+            return
+        first = tensors[0][1]
+        call = Pass(
+            source=self._node_of.get(first),  # type: ignore[no-untyped-call]
+            in_shape=tuple(first.shape),
+            out_shape=tuple(made[0].shape),
+            others=tuple(name for name, tensor in tensors if tensor is not first),
+            position=len(self.view.graph.nodes),
+        )
+        self.view.passes.setdefault(path, []).append(call)

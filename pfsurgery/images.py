@@ -18,6 +18,7 @@ from pfsurgery.errors import DataError
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _ALLOWED_SHARE = 0.01
 _ALLOWED_LEAST = 3
+_UNREADABLE = (OSError, ValueError, SyntaxError, struct.error)
 
 
 class CheckedImages(Dataset[tuple[Any, int]]):
@@ -54,6 +55,7 @@ class CheckedImages(Dataset[tuple[Any, int]]):
         self.mode = mode
         self.training = training
         self.indices = list(range(len(reader)) if indices is None else indices)
+        self.kept: list[Any] | None = None
         self.transform: Callable[[Any], Any] | None = None
         self.skipped = torch.zeros(len(self.indices), dtype=torch.uint8)
         self.skipped.share_memory_()  # type: ignore[no-untyped-call]
@@ -72,23 +74,45 @@ class CheckedImages(Dataset[tuple[Any, int]]):
         readable = True
         while True:
             try:
-                stream, label = _open(self.reader, self.indices[index])
-                with closing(stream):
-                    image = Image.open(stream).convert(self.mode)
+                image, label = self._decoded(index)
                 break
-            except (
-                OSError,
-                ValueError,
-                SyntaxError,
-                struct.error,
-                Image.DecompressionBombError,
-            ) as error:
+            except (*_UNREADABLE, Image.DecompressionBombError) as error:
                 readable = False
                 self.skipped[index] = 1
                 self._check(index, error)
                 index = (index + 1) % len(self)
         label = int(label) if label is not None and (readable or self.training) else -1
         return (image if self.transform is None else self.transform(image)), label
+
+    def _decoded(self, index: int) -> tuple[Any, int | None]:
+        from PIL import Image
+
+        if self.kept is not None and self.kept[index] is not None:
+            pixels, label = self.kept[index]
+            return Image.fromarray(pixels), label
+        stream, label = _open(self.reader, self.indices[index])
+        with closing(stream):
+            return Image.open(stream).convert(self.mode), label
+
+    def in_memory(self) -> CheckedImages:
+        """The same images, decoded here and now and kept as arrays that worker processes share.
+
+        Raises:
+            DataError: Too many images cannot be read; the message names the last of them.
+        """
+        import numpy as np
+        from PIL import Image
+
+        self.kept = [None] * len(self)
+        for index in range(len(self)):
+            try:
+                image, label = self._decoded(index)
+            except (*_UNREADABLE, Image.DecompressionBombError) as error:
+                self.skipped[index] = 1
+                self._check(index, error)
+            else:
+                self.kept[index] = (np.asarray(image), label)
+        return self
 
     def subset(self, indices: Sequence[int], *, training: bool) -> CheckedImages:
         """The same images, only those at `indices`."""

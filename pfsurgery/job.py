@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -13,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from pfsurgery.batches import unlabelled_images
-from pfsurgery.checkpoint import save
+from pfsurgery.card import write_card
+from pfsurgery.checkpoint import load, save
 from pfsurgery.convert import convert
 from pfsurgery.errors import SurgeryError
+from pfsurgery.files import write_atomically
 from pfsurgery.measure import Comparison, compare
 from pfsurgery.plan import Plan
 from pfsurgery.policy import DataPolicy, Tell
@@ -23,18 +26,22 @@ from pfsurgery.record import record
 from pfsurgery.recover import (
     Accuracy,
     FinetuneConfig,
+    FinetuneResult,
     evaluate,
     finetune,
     recalibrate,
     reconstruct,
 )
-from pfsurgery.recover.finetune import check_optimizer
+from pfsurgery.recover.finetune import check_run
+from pfsurgery.recover.processes import first_process_first
 from pfsurgery.select import Patterns
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 MODEL_FOLDER = "model"
+_CONVERTED_FOLDER = "converted"
+_STEPS = "steps.json"
 _CALIBRATION_IMAGES = 1000
 _MOST_BYTES = 400_000_000
 
@@ -62,16 +69,19 @@ class Report:
         plan: What each site became.
         steps: Original, after surgery, after each recovery.
         comparison: Original and result, measured side by side.
+        given_back: Sites that have their convolution back, to keep the accuracy.
     """
 
     plan: Plan
     steps: tuple[Step, ...]
     comparison: Comparison
+    given_back: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
         return {
             "policy": self.plan.policy,
+            "given_back": list(self.given_back),
             "steps": [asdict(step) for step in self.steps],
             "comparison": self.comparison.to_dict(),
             "plan": self.plan.to_dict(),
@@ -110,6 +120,7 @@ def run_job(
     val: Any,
     out: str | Path,
     config: FinetuneConfig | None = None,
+    resume: bool = False,
     tell: Tell = lambda line: None,
     include: Patterns = None,
     exclude: Patterns = None,
@@ -119,8 +130,12 @@ def run_job(
     Up to 1,000 training images, without their labels, serve to re-estimate norm statistics and to
     refit layers in closed form (`reconstruct`; a budget is fitted to them from the start). Then the
     model is fine-tuned with the original as its teacher; the best weights on `val` are kept. `out`
-    receives `model/` (see `save`), `report.md`, `report.json`, `plan.json`, `comparison.png`, the
-    training log and the best checkpoint.
+    receives `model/` (see `save`) with a model card, `report.md`, `report.json`, `plan.json`,
+    `comparison.png`, `accuracy.png`, and what `finetune` writes. What was reached before the
+    fine-tuning is kept in `converted/` and `steps.json`, for a run that is continued.
+
+    In processes that `torchrun` or `accelerate launch` started, the first converts, the others
+    take over what it made, and all train; the first one writes.
 
     Args:
         original: The trained model; it is left as it was.
@@ -129,6 +144,7 @@ def run_job(
         val: Validation images with labels.
         out: Folder, made if it is missing.
         config: Settings of the fine-tuning.
+        resume: Whether to continue where an earlier run in `out` ended, if there was one.
         tell: Called with a line of text as each step begins.
         include: With a budget: patterns of the sites that may change; a plan knows.
         exclude: With a budget: patterns of sites that are kept.
@@ -141,8 +157,8 @@ def run_job(
     """
     folder = writable(out)
     config = config or FinetuneConfig()
-    check_optimizer(config)
-    steps = []
+    check_run(original, config, val=val, folder=folder, resume=resume)
+    steps: list[Step] = []
 
     def step(name: str, work: Callable[[], Any], model: nn.Module) -> Any:
         """Do one step; `work` returns the model where it makes a new one."""
@@ -153,15 +169,50 @@ def run_job(
         steps.append(Step(name, evaluate(model if result is None else result, val), seconds))
         return result
 
-    step("original", lambda: original, original)
-    fast, example = _surgery(original, policy, include, exclude, train, step, tell)
-    step("fine-tuned", lambda: _finetune(fast, original, train, val, config, folder), fast)
-    tell("measuring")
+    with first_process_first() as first:
+        if (folder / _STEPS).exists() and (resume or not first):
+            tell("taking over what was converted before")
+            fast = load(folder / _CONVERTED_FOLDER, base=copy.deepcopy(original))
+            steps += _read_steps(folder)
+            example = next(iter(unlabelled_images(train, original)))[:1]
+        else:
+            step("original", lambda: original, original)
+            fast, example = _surgery(original, policy, include, exclude, train, step, tell)
+            save(fast, folder / _CONVERTED_FOLDER)
+            _write_steps(folder, steps)
+    tell("fine-tuning")
+    started = time.perf_counter()
+    result = finetune(
+        fast, train=train, val=val, teacher=original, config=config, out=folder, resume=resume
+    )
+    _take_best(fast, result)
+    assert result.best is not None
+    steps.append(Step("fine-tuned", result.best, time.perf_counter() - started))
     fast.eval()
     original.eval()
-    report = Report(record(fast).plans[-1], tuple(steps), compare(original, fast, example))
-    _write(folder, fast, report)
+    tell("measuring")
+    report = Report(
+        record(fast).plans[-1],
+        tuple(steps),
+        compare(original, fast, example),
+        result.given_back,
+    )
+    if first:
+        _write(folder, fast, report, result)
     return fast, report
+
+
+def _write_steps(folder: Path, steps: list[Step]) -> None:
+    text = json.dumps([asdict(step) for step in steps], indent=2)
+    try:
+        write_atomically(folder / _STEPS, text.encode())
+    except OSError as error:
+        raise SurgeryError(f"{folder / _STEPS} cannot be written: {error.strerror}.") from None
+
+
+def _read_steps(folder: Path) -> list[Step]:
+    values = json.loads((folder / _STEPS).read_text(encoding="utf-8"))
+    return [Step(v["name"], Accuracy(**v["accuracy"]), v["seconds"]) for v in values]
 
 
 def _surgery(
@@ -220,26 +271,20 @@ def first_images(batches: Iterable[Tensor], images: int) -> list[Tensor]:
     return kept
 
 
-def _finetune(
-    model: nn.Module,
-    teacher: nn.Module,
-    train: Any,
-    val: Any,
-    config: FinetuneConfig,
-    folder: Path,
-) -> None:
+def _take_best(model: nn.Module, result: FinetuneResult) -> None:
     from safetensors.torch import load_file
 
-    result = finetune(model, train=train, val=val, teacher=teacher, config=config, out=folder)
     if result.weights is not None:
         model.load_state_dict(load_file(result.weights))
 
 
-def _write(folder: Path, model: nn.Module, report: Report) -> None:
+def _write(folder: Path, model: nn.Module, report: Report, result: FinetuneResult) -> None:
     save(model, folder / MODEL_FOLDER)
+    write_card(folder / MODEL_FOLDER, report)
     (folder / "report.md").write_text(report.to_markdown(), encoding="utf-8")
     (folder / "report.json").write_text(json.dumps(report.to_dict(), indent=2), encoding="utf-8")
     (folder / "plan.json").write_text(report.plan.to_json(), encoding="utf-8")
     report.comparison.figure(folder / "comparison.png")
+    result.figure(folder / "accuracy.png")
     if any(decision.structure for decision in report.plan):
         report.plan.figure(folder / "structures.png")

@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from pfsurgery.base import Base, base_of, set_base
-from pfsurgery.checkpoint import CONFIG, load
+from pfsurgery.checkpoint import HUB, load
 from pfsurgery.errors import RecordMismatchError, SurgeryError
+from pfsurgery.record import has_record
 
 
 def open_model(
@@ -24,8 +25,8 @@ def open_model(
     """A model in eval mode, ready to be converted or compared.
 
     Args:
-        name: A directory that `save` wrote, the name of a timm model, or `torchvision/` and the
-            name of a torchvision model.
+        name: A directory that `save` wrote, `hf-hub:USER/NAME`, the name of a timm model,
+            or `torchvision/` and the name of a torchvision model.
         pretrained: Take the library's trained weights, from the hub or its local cache.
         checkpoint: File with weights instead (`.safetensors`, or `.pth` read without unpickling
             code).
@@ -37,7 +38,7 @@ def open_model(
         RecordMismatchError: The directory or checkpoint does not fit; the message names it.
         SurgeryError: The hub cannot be reached.
     """
-    if (Path(name) / CONFIG).is_file() or Path(name).is_dir():
+    if name.startswith(HUB) or Path(name).is_dir():
         if checkpoint is not None or num_classes is not None or kwargs:
             raise SurgeryError(
                 f"{name} is a saved model with weights and arguments of its own: leave out "
@@ -99,7 +100,8 @@ def _opened(base: Base, pretrained: bool, checkpoint: str | Path | None) -> nn.M
     model = _pretrained(base) if pretrained and checkpoint is None else base.build()
     if checkpoint is not None:
         _load_checkpoint(model, Path(checkpoint))
-    set_base(model, base)
+    if not has_record(model):  # one of the paper's models says itself what it was made from
+        set_base(model, base)
     return model.eval()
 
 

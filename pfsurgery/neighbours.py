@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from pfsurgery.graph import GraphView, is_norm
-from pfsurgery.sites import Neighbours
+from pfsurgery.sites import Convolution, Neighbours, convolves, geometry_of
 
 _ADDITIONS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__}
 _ADDITIONS |= {operator.add, operator.iadd}
@@ -28,14 +28,20 @@ _ACTIVATIONS = {
 _NORM_FUNCTIONS = {F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm}
 # Functions that keep a pixel's channels apart from other channels, wherever the axes go.
 _CHANNELWISE = {
-    *(F.dropout, F.dropout2d, F.max_pool2d, F.avg_pool2d, F.pad, F.interpolate),
+    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.pad, F.interpolate),
+    *(F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
     *(torch.permute, torch.transpose, torch.clone, torch.roll),
     *(Tensor.permute, Tensor.transpose, Tensor.contiguous, Tensor.clone, Tensor.to, Tensor.float),
 }
+_WINDOW_POOLS: set[Any] = {F.max_pool1d, F.max_pool2d, F.max_pool3d}
+_WINDOW_POOLS |= {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d}
+_VIEWS = {Tensor.view, Tensor.reshape, torch.reshape, Tensor.type_as, torch.flatten, Tensor.flatten}
 _GLOBAL_POOLS = {torch.mean, Tensor.mean, torch.amax, Tensor.amax, torch.sum, Tensor.sum}
-_GLOBAL_POOLS |= {F.adaptive_avg_pool2d, F.adaptive_max_pool2d}
+_GLOBAL_POOLS |= {F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d}
+_GLOBAL_POOLS |= {F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d}
 _PRODUCTS_OF_MATRICES = {
-    *(F.linear, F.conv2d, torch.conv2d, F.conv_transpose2d, torch.matmul, torch.bmm),
+    *(F.linear, torch.conv1d, torch.conv2d, torch.conv3d, torch.matmul, torch.bmm),
+    *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
     *(torch.einsum, Tensor.matmul, Tensor.__matmul__, F.scaled_dot_product_attention),
 }
 _AXIS_MOVES = {torch.permute, torch.transpose, Tensor.permute, Tensor.transpose}
@@ -45,7 +51,7 @@ _CHANNELWISE_MODULES = (
     "LayerScale",
     "BlurPool",
     "MaxPool",
-    "AvgPool2d",
+    "AvgPool",
     "Upsample",
     "ZeroPad",
 )
@@ -92,7 +98,9 @@ def neighbours_of_module(path: str, seen: GraphView) -> Neighbours:
 
 def _around(node: fx.Node, seen: GraphView) -> tuple[str | None, ...]:
     norm, activation = _tail(node, seen)
-    channels = node.meta["shape"][-3] if len(node.meta["shape"]) >= 3 else 0
+    module, shape = seen.modules[str(node.target)], node.meta["shape"]
+    axis = -1 - (geometry_of(module).dims if convolves(module) else 2)
+    channels = shape[axis] if len(shape) >= -axis else 0
     return (
         norm,
         activation,
@@ -143,6 +151,36 @@ def feeds_output(node: fx.Node, seen: GraphView) -> bool:
     return False
 
 
+def attends(node: fx.Node, seen: GraphView) -> bool:
+    """Whether `node` is the heart of an attention.
+
+    That is a call of PyTorch's own, or a softmax that is of something square or is multiplied with
+    something, with nothing but views, casts or dropout between.
+    """
+    if node.op == "call_module":
+        softmax = isinstance(seen.modules[str(node.target)], nn.Softmax)
+    elif _is(node, {F.scaled_dot_product_attention, F.multi_head_attention_forward}):
+        return True
+    else:
+        softmax = _is(node, {torch.softmax, F.softmax, Tensor.softmax})
+    shape = node.meta["shape"]
+    square = len(shape) > 2 and shape[-1] == shape[-2] > 1
+    return softmax and (square or _feeds_product(node, seen))
+
+
+def _feeds_product(node: fx.Node, seen: GraphView) -> bool:
+    while len(node.users) == 1:
+        (user,) = node.users
+        if user.op == "output":
+            return False
+        if _is(user, _PRODUCTS_OF_MATRICES):
+            return True
+        if not (_is_channelwise(user, seen) or _is_drop(user, seen) or _is(user, _VIEWS)):
+            return False
+        node = user
+    return any(_is(user, _PRODUCTS_OF_MATRICES) for user in node.users)
+
+
 def _is_global_pool(node: fx.Node, seen: GraphView) -> bool:
     if node.op == "call_module":
         name = type(seen.modules[str(node.target)]).__name__
@@ -190,7 +228,7 @@ def _pointwise_after(node: fx.Node, channels: int, seen: GraphView) -> str | Non
     while (user := _next(node)) is not None:
         pointwise = _pointwise(user, seen)
         if pointwise is not None:
-            mixes = channels_last or isinstance(pointwise, nn.Conv2d)
+            mixes = channels_last or isinstance(pointwise, Convolution)
             return str(user.target) if mixes and _reads(pointwise) == channels else None
         channels_last = channels_last or _is(user, _AXIS_MOVES)
         gate = _is(user, _PRODUCTS)
@@ -250,24 +288,23 @@ def _merge(node: fx.Node, seen: GraphView) -> str | None:
 def _is_drop(node: fx.Node, seen: GraphView) -> bool:
     """Whether `node` does nothing in eval mode: identity, dropout, stochastic depth."""
     if node.op != "call_module":
-        return _is(node, {F.dropout, F.dropout2d})
+        return _is(node, {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d})
     name = type(seen.modules[str(node.target)]).__name__
     return "Identity" in name or "Drop" in name
 
 
-def _pointwise(node: fx.Node, seen: GraphView) -> nn.Conv2d | nn.Linear | None:
+def _pointwise(node: fx.Node, seen: GraphView) -> Convolution | nn.Linear | None:
     """The module that `node` calls, if it is a linear layer or an ungrouped 1x1 convolution."""
     module = seen.modules[str(node.target)] if node.op == "call_module" else None
     if isinstance(module, nn.Linear):
         return module
-    if isinstance(module, nn.Conv2d) and module.groups == 1:
-        one = tuple(module.kernel_size) == (1, 1) and tuple(module.stride) == (1, 1)
-        return module if one else None
+    if isinstance(module, Convolution) and module.groups == 1:
+        return module if {*module.kernel_size, *module.stride} == {1} else None
     return None
 
 
-def _reads(pointwise: nn.Conv2d | nn.Linear) -> int:
-    return pointwise.in_channels if isinstance(pointwise, nn.Conv2d) else pointwise.in_features
+def _reads(pointwise: Convolution | nn.Linear) -> int:
+    return pointwise.in_features if isinstance(pointwise, nn.Linear) else pointwise.in_channels
 
 
 def _owner(node: fx.Node) -> str:
@@ -297,4 +334,4 @@ def _is_channelwise(node: fx.Node, seen: GraphView) -> bool:
 def _is_pool(node: fx.Node, seen: GraphView) -> bool:
     if node.op == "call_module":
         return "Pool" in type(seen.modules[str(node.target)]).__name__
-    return _is(node, {F.max_pool2d, F.avg_pool2d})
+    return _is(node, _WINDOW_POOLS)

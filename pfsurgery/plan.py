@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pfsurgery.errors import PolicyError, UnsupportedSiteError
-from pfsurgery.ops import get_op
+from pfsurgery.ops import Op, Support, get_op
 from pfsurgery.policy import KEEP, Policy, Rule, SitePolicy, Tail
 from pfsurgery.select import Patterns, Where, check_patterns, matches
 from pfsurgery.sites import Site
@@ -65,7 +65,8 @@ class Decision:
         if self.structure is not None:
             saved = geometry.parameters - self.structure.parameters(geometry)
             return saved + (self.site.neighbours.tail_parameters if self.tail == "drop" else 0)
-        kept = geometry.parameters if get_op(self.op).keeps_convolution else 0
+        op = get_op(self.op)
+        kept = geometry.parameters if op.keeps_convolution else op.parameters(self.site)
         if self.pointwise:
             kept = self._pointwise_macs + (geometry.out_channels if geometry.bias else 0)
         dropped = self.site.neighbours.tail_parameters if self.tail == "drop" else 0
@@ -111,20 +112,29 @@ def decide(
         return Decision(site, KEEP, reason="a rule keeps it")
     op = get_op(rule.op)
     why_not = site.blocked
+    if why_not is None and op.attention != (site.kind == "attention"):
+        why_not = f"{rule.op} takes the place of {'attention' if op.attention else 'convolutions'}"
     if why_not is None and not forced:
         if site.stem:
             why_not = "stem: it reads the model's input"
         elif site.output:
             why_not = "it feeds the model's output"
     if why_not is None:
-        support = op.supports(site)
+        support = _support(op, site)
         why_not = None if support else f"{rule.op}: {support.reason}"
-    pointwise = not (op.keeps_convolution or op.fitted) and needs_pointwise(site)
+    mixes = op.keeps_convolution or op.fitted or op.attention
+    pointwise = not mixes and needs_pointwise(site)
     if why_not is None and pointwise and mixing == "never":
         why_not = f"{rule.op} would need a pointwise convolution, and mixing is 'never'"
     if why_not is not None:
         return Decision(site, KEEP, reason=why_not)
     return Decision(site, rule.op, pointwise, rule.tail, _why(site, pointwise))
+
+
+def _support(op: Op, site: Site) -> Support:
+    if op.fitted and site.geometry.dims != 2:
+        return Support(f"fitted bottlenecks are for images, and this one is {site.geometry.dims}-D")
+    return op.supports(site)
 
 
 def needs_pointwise(site: Site) -> bool:
@@ -137,6 +147,8 @@ def needs_pointwise(site: Site) -> bool:
 
 def _why(site: Site, pointwise: bool) -> str:
     geometry = site.geometry
+    if site.kind == "attention":
+        return "two linear layers mix the channels"
     if not pointwise:
         after = site.neighbours.pointwise_after
         return f"{after} mixes the channels" if after else "depthwise: channels were never mixed"
@@ -161,6 +173,11 @@ class Plan:
     def replaced(self) -> tuple[Decision, ...]:
         """The decisions that change something."""
         return tuple(decision for decision in self.decisions if decision.replaced)
+
+    @property
+    def changed(self) -> frozenset[str]:
+        """Names of the sites that change."""
+        return frozenset(name for decision in self.replaced for name in decision.site.names)
 
     def __iter__(self) -> Iterator[Decision]:
         return iter(self.decisions)

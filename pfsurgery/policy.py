@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pfsurgery.errors import PolicyError, UnknownNameError, closest
 from pfsurgery.ops import get_op
 from pfsurgery.select import Where, as_patterns, matches
-from pfsurgery.sites import Site
+from pfsurgery.sites import AttentionGeometry, Geometry, Site
 
 if TYPE_CHECKING:
     from pfsurgery.plan import Plan
@@ -34,7 +34,9 @@ class Rule:
         tail: `"keep"` leaves norm and activation behind the site as they are; `"drop"` turns them
             into `nn.Identity`, as in the paper's efficient bottleneck.
         name: Name patterns: exact, glob, or `re:` and a regular expression.
-        kind: `"depthwise"`, `"grouped"` or `"dense"`.
+        kind: `"depthwise"`, `"grouped"`, `"dense"` or `"attention"`.
+        block: `"odd"` for every second attention of a stage, the second one first; `"even"` for
+            the others.
         depth: `"deep"` for the deeper half of the resolution stages, `"shallow"` for the rest.
         stride: True for sites with a stride, False for those without.
         bottleneck: True for sites between two pointwise convolutions.
@@ -46,6 +48,7 @@ class Rule:
     tail: Tail = "keep"
     name: str | tuple[str, ...] | None = None
     kind: str | None = None
+    block: Literal["odd", "even"] | None = None
     depth: Literal["deep", "shallow"] | None = None
     stride: bool | None = None
     bottleneck: bool | None = None
@@ -56,7 +59,8 @@ class Rule:
         if self.op != KEEP:
             get_op(self.op)
         _check_choice("tail", self.tail, ("keep", "drop"))
-        _check_choice("kind", self.kind, (None, "depthwise", "grouped", "dense"))
+        _check_choice("kind", self.kind, (None, "depthwise", "grouped", "dense", "attention"))
+        _check_choice("block", self.block, (None, "odd", "even"))
         _check_choice("depth", self.depth, (None, "deep", "shallow"))
         for flag in ("stride", "bottleneck", "same_channels"):
             _check_choice(flag, getattr(self, flag), (None, True, False))
@@ -66,8 +70,9 @@ class Rule:
         geometry = site.geometry
         facts = (
             (self.kind, site.kind),
+            (self.block, _parity(geometry)),
             (self.depth, "deep" if site.depth >= 0.5 else "shallow"),
-            (self.stride, geometry.stride != (1, 1)),
+            (self.stride, geometry.strided),
             (self.bottleneck, site.bottleneck),
             (self.same_channels, geometry.in_channels == geometry.out_channels),
         )
@@ -76,6 +81,12 @@ class Rule:
             and (self.name is None or matches(site, self.name))
             and (self.where is None or self.where(site))
         )
+
+
+def _parity(geometry: Geometry) -> str | None:
+    if not isinstance(geometry, AttentionGeometry):
+        return None
+    return "odd" if geometry.block % 2 else "even"
 
 
 def _check_choice(what: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -97,6 +108,12 @@ class Policy:
     name: str
     rules: tuple[Rule, ...]
     summary: str = ""
+
+    @property
+    def attention(self) -> bool:
+        """Whether self-attentions are sites for it."""
+        ops = (get_op(rule.op) for rule in self.rules if rule.op != KEEP)
+        return any(op.attention for op in ops) or any(r.kind == "attention" for r in self.rules)
 
     def decide(self, site: Site) -> Rule | None:
         """The first rule that matches `site`, None where none does."""
@@ -174,6 +191,11 @@ class FunctionPolicy:
     name: str
     function: SiteFunction
     summary: str = ""
+
+    @property
+    def attention(self) -> bool:
+        """Whether self-attentions are sites for it: the function decides about all there is."""
+        return True
 
     def decide(self, site: Site) -> Rule | None:
         """The function's answer as a rule."""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
+from pfsurgery.attention import layout_of, projections
 from pfsurgery.errors import RecordMismatchError, UnsupportedSiteError
 from pfsurgery.modules import get_module, set_module
 from pfsurgery.ops import get_op
 from pfsurgery.ops.bottleneck import fitted_module
+from pfsurgery.ops.eff_attention import EffAttention
 from pfsurgery.plan import Decision
-from pfsurgery.sites import geometry_of
+from pfsurgery.sites import AttentionGeometry, Convolution, geometry_of
 
 _HOOKS = (
     "_forward_hooks",
@@ -34,6 +37,12 @@ _GEOMETRY = (
     "dilation",
     "groups",
     "padding_mode",
+)
+
+_CLASSES: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_HEADS = (
+    *("dim", "num_heads", "head_dim", "attn_dim", "window_size", "window_area", "embed_dim"),
+    *("num_attention_heads", "batch_first"),
 )
 
 Undo = list[tuple[str, nn.Module]]
@@ -59,10 +68,10 @@ def apply_plan(model: nn.Module, decisions: Iterable[Decision]) -> Undo:
     for decision in decisions:
         if not decision.replaced:
             continue
-        conv = _convolution_at(model, decision)
-        replacement = _build(decision, conv)
+        old = _module_at(model, decision)
+        replacement = _build(decision, old)
         _check_shape(decision, replacement)
-        _inherit(replacement, conv)
+        _inherit(replacement, old)
         changes += [(name, replacement) for name in decision.site.names]
         if decision.tail == "drop":
             for name in decision.site.neighbours.tail:
@@ -85,27 +94,54 @@ def _paths_of(model: nn.Module, module: nn.Module) -> list[str]:
     return [path for path, m in model.named_modules(remove_duplicate=False) if m is module]
 
 
-def _convolution_at(model: nn.Module, decision: Decision) -> nn.Conv2d:
+def _module_at(model: nn.Module, decision: Decision) -> nn.Module:
     site = decision.site
     modules = [get_module(model, name) for name in site.names]
-    conv = modules[0]
-    if not isinstance(conv, nn.Conv2d):
+    old, attends = modules[0], site.kind == "attention"
+    if not (layout_of(old) is not None if attends else isinstance(old, Convolution)):
         raise RecordMismatchError(
-            f"{site.name} should be a convolution but is a {type(conv).__name__}; "
-            f"was the model converted already?"
+            f"{site.name} should be {'an attention' if attends else 'a convolution'} but is a "
+            f"{type(old).__name__}; was the model converted already?"
         )
-    if any(module is not conv for module in modules):
+    if any(module is not old for module in modules):
         raise RecordMismatchError(
             f"The plan says that {' and '.join(site.names)} are one module; here they are not."
         )
-    if geometry_of(conv) != site.geometry:
+    if isinstance(site.geometry, AttentionGeometry):
+        width, channels = projections(old)[0].shape
+        found = f"an attention of {channels} channels with {width} of query, key and value"
+        fits = (width, channels) == (site.geometry.width, site.geometry.in_channels)
+    else:
+        found = str(geometry_of(old))
+        fits = geometry_of(old) == site.geometry
+    if not fits:
         raise RecordMismatchError(
-            f"{site.name} is {geometry_of(conv)}, but the plan was made for {site.geometry}."
+            f"{site.name} is {found}, but the plan was made for {site.geometry}."
         )
-    return conv
+    return old
 
 
-def _build(decision: Decision, conv: nn.Conv2d) -> nn.Module:
+def _build(decision: Decision, old: nn.Module) -> nn.Module:
+    if isinstance(old, Convolution):
+        return _in_place_of_convolution(decision, old)
+    return _in_place_of_attention(decision, old)
+
+
+def _in_place_of_attention(decision: Decision, old: nn.Module) -> nn.Module:
+    made = get_op(decision.op).build(decision.site)
+    weight, bias, output = projections(old)
+    if not isinstance(made, EffAttention):
+        return made.to(weight.device, weight.dtype)
+    layout = layout_of(old)
+    made.returns_pair = layout is not None and layout.pair
+    made.proj_drop = getattr(old, "proj_drop", made.proj_drop)
+    made.to(weight.device, weight.dtype).copy_from(weight, bias, output)
+    for parameter in made.parameters():
+        parameter.requires_grad_(output.weight.requires_grad)
+    return made
+
+
+def _in_place_of_convolution(decision: Decision, conv: Convolution) -> nn.Module:
     if decision.structure is not None:
         fitted = fitted_module(decision.site.geometry, decision.structure)
         return fitted.to(conv.weight.device, conv.weight.dtype)
@@ -118,10 +154,10 @@ def _build(decision: Decision, conv: nn.Conv2d) -> nn.Module:
     return module
 
 
-def _at_stride_one(conv: nn.Conv2d) -> nn.Conv2d:
+def _at_stride_one(conv: Convolution) -> Convolution:
     geometry = geometry_of(conv)
     with torch.device("meta"):
-        moved = nn.Conv2d(
+        moved: Convolution = _CLASSES[geometry.dims](
             conv.in_channels,
             conv.out_channels,
             geometry.kernel_size,
@@ -136,10 +172,10 @@ def _at_stride_one(conv: nn.Conv2d) -> nn.Conv2d:
     return moved
 
 
-def _pointwise(conv: nn.Conv2d) -> nn.Conv2d:
+def _pointwise(conv: Convolution) -> Convolution:
     """A 1x1 convolution that does to a constant image what `conv` does: its taps summed."""
     with torch.device("meta"):
-        pointwise = nn.Conv2d(
+        pointwise: Convolution = _CLASSES[len(conv.kernel_size)](
             conv.in_channels,
             conv.out_channels,
             1,
@@ -148,31 +184,33 @@ def _pointwise(conv: nn.Conv2d) -> nn.Conv2d:
         )
     with torch.no_grad():
         pointwise.weight = nn.Parameter(
-            conv.weight.sum(dim=(2, 3), keepdim=True), requires_grad=conv.weight.requires_grad
+            conv.weight.sum(dim=tuple(range(2, conv.weight.ndim)), keepdim=True),
+            requires_grad=conv.weight.requires_grad,
         )
         if conv.bias is not None:
             pointwise.bias = nn.Parameter(conv.bias.clone(), requires_grad=conv.bias.requires_grad)
     return pointwise
 
 
-def _inherit(replacement: nn.Module, conv: nn.Conv2d) -> None:
+def _inherit(replacement: nn.Module, old: nn.Module) -> None:
     """Take over train flag and hooks, and the geometry, which a model's own code may read."""
-    replacement.train(conv.training)
-    for name in _GEOMETRY:
-        if not hasattr(replacement, name):
-            setattr(replacement, name, getattr(conv, name))
+    replacement.train(old.training)
+    for name in _GEOMETRY if isinstance(old, Convolution) else _HEADS:
+        if not hasattr(replacement, name) and hasattr(old, name):
+            setattr(replacement, name, getattr(old, name))
     for hooks in _HOOKS:
-        setattr(replacement, hooks, getattr(conv, hooks))
+        setattr(replacement, hooks, getattr(old, hooks))
 
 
 def _check_shape(decision: Decision, replacement: nn.Module) -> None:
     site = decision.site
     source = torch.empty(site.input_shape, device="meta")
     with torch.no_grad():
-        made = _on_meta(replacement)(source).shape
-    if tuple(made) != site.output_shape:
+        made = _on_meta(replacement)(source)
+    shape = tuple((made[0] if isinstance(made, tuple) else made).shape)
+    if shape != site.output_shape:
         raise UnsupportedSiteError(
-            f"{decision.label} at {site.name} gives {tuple(made)} where the convolution gives "
+            f"{decision.label} at {site.name} gives {shape} where the original gives "
             f"{site.output_shape}. Keep the site, or choose another op."
         )
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import ceil
+from math import ceil, prod
 from typing import Any, Literal
 
 from torch import nn
 
 Pair = tuple[int, int]
-Kind = Literal["depthwise", "grouped", "dense", "pointwise"]
+Size = tuple[int, ...]  # one number an axis: (length,), (height, width) or (depth, height, width)
+Kind = Literal["depthwise", "grouped", "dense", "pointwise", "attention"]
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
     """What a spatial convolution computes, without its weights.
+
+    Sizes have one number an axis: (height, width) for images, (length,) for signals, (depth,
+    height, width) for volumes.
 
     Attributes:
         in_channels: Channels read.
@@ -28,23 +35,35 @@ class Geometry:
         groups: Number of independent channel groups.
         padding_mode: `"zeros"`, `"reflect"`, `"replicate"` or `"circular"`.
         bias: Whether a bias is added.
+        transposed: It is a transposed convolution, whose stride enlarges its input.
     """
 
     in_channels: int
     out_channels: int
-    kernel_size: Pair
-    stride: Pair = (1, 1)
-    padding: Pair | Literal["same"] = (0, 0)
-    dilation: Pair = (1, 1)
+    kernel_size: Size
+    stride: Size = (1, 1)
+    padding: Size | Literal["same"] = (0, 0)
+    dilation: Size = (1, 1)
     groups: int = 1
     padding_mode: str = "zeros"
     bias: bool = False
+    transposed: bool = False
+
+    @property
+    def dims(self) -> int:
+        """Axes that the kernel slides along: 2 for images."""
+        return len(self.kernel_size)
+
+    @property
+    def strided(self) -> bool:
+        """Whether it skips positions along some axis."""
+        return any(step != 1 for step in self.stride)
 
     @property
     def kind(self) -> Kind:
         """`"depthwise"` (a filter a channel), `"grouped"`, `"dense"` or `"pointwise"` (1x1)."""
         if self.groups == 1:
-            return "pointwise" if self.kernel_size == (1, 1) else "dense"
+            return "pointwise" if set(self.kernel_size) == {1} else "dense"
         return "depthwise" if self.groups == self.in_channels else "grouped"
 
     @property
@@ -55,19 +74,16 @@ class Geometry:
     @property
     def macs_per_position(self) -> int:
         """Multiply-adds at one output position (equals the number of weights without bias)."""
-        height, width = self.kernel_size
-        return self.out_channels * (self.in_channels // self.groups) * height * width
+        return self.out_channels * (self.in_channels // self.groups) * prod(self.kernel_size)
 
-    def pads(self, size: tuple[int, int]) -> tuple[Pair, Pair]:
+    def pads(self, size: Size) -> tuple[Pair, ...]:
         """((top, bottom), (left, right)) pixels of padding for an input of (H, W) pixels."""
         if self.padding != "same":
-            vertical, horizontal = self.padding
-            return (vertical, vertical), (horizontal, horizontal)
-        top, left = (
+            return tuple((pixels, pixels) for pixels in self.padding)
+        return tuple(
             _same_padding(s, k, t, d)
             for s, k, t, d in zip(size, self.kernel_size, self.stride, self.dilation, strict=True)
         )
-        return top, left
 
     def output_size(self, size: tuple[int, int]) -> Pair:
         """Rows and columns of the output for an input of (H, W) pixels."""
@@ -82,21 +98,73 @@ class Geometry:
     def __str__(self) -> str:
         """For example `3x3 s2 64->128 g32`."""
         parts = ["x".join(map(str, self.kernel_size))]
-        if self.stride != (1, 1):
-            vertical, horizontal = self.stride
-            parts.append(f"s{vertical}" if vertical == horizontal else f"s{vertical}x{horizontal}")
-        if self.dilation != (1, 1):
-            parts.append(f"d{self.dilation[0]}")
+        for letter, steps in (("s", self.stride), ("d", self.dilation)):
+            if any(step != 1 for step in steps):
+                parts.append(
+                    letter + "x".join(map(str, steps if len(set(steps)) > 1 else steps[:1]))
+                )
         same = self.in_channels == self.out_channels
         parts.append(f"{self.in_channels}" if same else f"{self.in_channels}->{self.out_channels}")
         if self.groups not in (1, self.in_channels):
             parts.append(f"g{self.groups}")
+        if self.transposed:
+            parts.append("transposed")
         return " ".join(parts)
 
 
 def _same_padding(size: int, kernel: int, stride: int, dilation: int) -> Pair:
     total = max((ceil(size / stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
     return total // 2, total - total // 2
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionGeometry(Geometry):
+    """What a self-attention computes, as a geometry: each token reads the whole grid of tokens.
+
+    `in_channels` and `out_channels` are those of a token, `kernel_size` is the grid.
+
+    Attributes:
+        width: Query, key and value channels together: 3 * `in_channels` as a rule.
+        heads: Number of heads.
+        grid: (rows, columns) of tokens in the image, or in the window that attention is limited
+            to; (0, 0) where the tokens form no grid.
+        prefix: Tokens in front of the grid: class, distillation and register tokens. All tokens
+            where there is no grid.
+        block: Which attention of its stage it is, counted from 0; a stage is a run of attentions
+            with the same channels and number of tokens.
+        weights: Parameters of the whole module, position tables included.
+    """
+
+    width: int = 0
+    heads: int = 1
+    grid: Pair = (0, 0)
+    prefix: int = 0
+    block: int = 0
+    weights: int = 0
+
+    @property
+    def kind(self) -> Kind:
+        """`"attention"`."""
+        return "attention"
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of the whole module."""
+        return self.weights
+
+    @property
+    def macs_per_position(self) -> int:
+        """Multiply-adds for one token: query, key, value, two products with all, and the output."""
+        inner = self.width // 3
+        tokens = self.grid[0] * self.grid[1] + self.prefix
+        return self.in_channels * self.width + 2 * tokens * inner + inner * self.out_channels
+
+    def __str__(self) -> str:
+        """For example `14x14+1 tokens 192 h3`."""
+        if not self.grid[0]:
+            return f"{self.prefix} tokens {self.in_channels} h{self.heads}"
+        extra = f"+{self.prefix}" if self.prefix else ""
+        return f"{self.grid[0]}x{self.grid[1]}{extra} tokens {self.in_channels} h{self.heads}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,15 +201,19 @@ class Neighbours:
 class Site:
     """One place where surgery is possible: a spatial convolution (kernel larger than one pixel).
 
+    Or, where those were asked for, a pointwise convolution or a self-attention, whose shapes are
+    those of its tokens: (N, L, C).
+
     Attributes:
         name: Its first module path, as in `named_modules()`.
         names: All its paths; more than one where a module is shared.
         module: Qualified name of the module's class.
         geometry: What it computes.
-        input_shape: (N, C, H, W) at its first call with the example input.
+        input_shape: (N, C, H, W) at its first call with the example input; (N, C, L) of a 1-D one.
         output_shape: (N, C', H', W') at its first call.
         calls: How often one forward pass calls it.
-        positions: Output positions of all calls for one forward pass of the example, N included.
+        positions: Output positions of all calls for one forward pass of the example, N included;
+            input positions where it is transposed.
         stage: Index of its resolution stage, 0 for the finest output resolution.
         depth: Where it stands in the network, from 0 up to 1: stage / number of stages, or, where
             all sites share one resolution, its rank in the order of execution.
@@ -168,7 +240,7 @@ class Site:
 
     @property
     def kind(self) -> Kind:
-        """`"depthwise"`, `"grouped"`, `"dense"`, or `"pointwise"` where those were asked for."""
+        """`"depthwise"`, `"grouped"`, `"dense"`; `"pointwise"`, `"attention"` if asked for."""
         return self.geometry.kind
 
     @property
@@ -195,7 +267,8 @@ class Site:
             TypeError: A fact has an unknown name.
         """
         values = {key: _tuples(value) for key, value in values.items()}
-        values["geometry"] = Geometry(**_tuples_inside(values["geometry"]))
+        geometry = _tuples_inside(values["geometry"])
+        values["geometry"] = (AttentionGeometry if "heads" in geometry else Geometry)(**geometry)
         values["neighbours"] = Neighbours(**_tuples_inside(values["neighbours"]))
         return cls(**values)
 
@@ -214,11 +287,13 @@ def _tuples_inside(values: dict[str, Any]) -> dict[str, Any]:
     return {key: _tuples(value) for key, value in values.items()}
 
 
-# Subclasses of nn.Conv2d whose geometry is known, by qualified name so that timm is not imported.
-# What they do to their weights does not matter to an op without weights. The value says whether
-# the class pads dynamically, the way "same" is defined here.
+# Classes whose geometry is known, by qualified name so that timm is not imported. What they do to
+# their weights does not matter to an op without weights. The value says whether the class pads
+# dynamically, the way "same" is defined here.
 _KNOWN_CONVOLUTIONS = {
+    "torch.nn.modules.conv.Conv1d": False,
     "torch.nn.modules.conv.Conv2d": False,
+    "torch.nn.modules.conv.Conv3d": False,
     "timm.layers.conv2d_same.Conv2dSame": True,
     "timm.layers.conv2d_same.Conv2dSameExport": True,
     "timm.layers.std_conv.StdConv2d": False,
@@ -231,6 +306,17 @@ _KNOWN_CONVOLUTIONS = {
 def class_name(module: nn.Module) -> str:
     """Module path and name of `module`'s class."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def convolves(module: nn.Module) -> bool:
+    """Whether `module` is a convolution of any kind: of 1 to 3 axes, transposed, quantised."""
+    return isinstance(module, Convolution | Transposed) or is_quantised(module)
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether `module` is one of PyTorch's quantised or fake-quantised convolutions."""
+    ours = any(base.__module__.startswith("torch.ao.nn.") for base in type(module).__mro__)
+    return ours and hasattr(module, "kernel_size")
 
 
 def is_known_convolution(module: nn.Module) -> bool:
@@ -249,30 +335,33 @@ def register_convolution(cls: type[nn.Conv2d], *, same: bool = False) -> None:
     _KNOWN_CONVOLUTIONS[f"{cls.__module__}.{cls.__qualname__}"] = same
 
 
-def geometry_of(conv: nn.Conv2d) -> Geometry:
-    """The geometry of a convolution; of an unknown subclass, as its attributes state it."""
+def geometry_of(conv: nn.Module) -> Geometry:
+    """The geometry of what `convolves`; of an unknown subclass, as its attributes state it."""
+    settings: Any = conv
     same = _KNOWN_CONVOLUTIONS.get(class_name(conv), False)
     if same is None:
         same = bool(getattr(conv, "same_pad", False))
-    padding: Pair | Literal["same"]
-    if same or conv.padding == "same":
+    padding: Size | Literal["same"]
+    if same or settings.padding == "same":
         padding = "same"
-    elif conv.padding == "valid":
-        padding = (0, 0)
+    elif settings.padding == "valid":
+        padding = (0,) * len(settings.kernel_size)
     else:
-        padding = (int(conv.padding[0]), int(conv.padding[1]))
+        padding = _size(settings.padding)
+    bias = settings.bias() if callable(settings.bias) else settings.bias
     return Geometry(
-        in_channels=conv.in_channels,
-        out_channels=conv.out_channels,
-        kernel_size=_pair(conv.kernel_size),
-        stride=_pair(conv.stride),
+        in_channels=settings.in_channels,
+        out_channels=settings.out_channels,
+        kernel_size=_size(settings.kernel_size),
+        stride=_size(settings.stride),
         padding=padding,
-        dilation=_pair(conv.dilation),
-        groups=conv.groups,
-        padding_mode=conv.padding_mode,
-        bias=conv.bias is not None,
+        dilation=_size(settings.dilation),
+        groups=settings.groups,
+        padding_mode=settings.padding_mode,
+        bias=bias is not None,
+        transposed=bool(getattr(settings, "transposed", False)),
     )
 
 
-def _pair(values: tuple[int, ...]) -> Pair:
-    return int(values[0]), int(values[1])
+def _size(values: Sequence[int]) -> Size:
+    return tuple(int(value) for value in values)

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def render(what: RenderableType, width: int = 140) -> str:
     """A Rich renderable as plain text, at most `width` columns wide."""
     text = StringIO()
-    Console(file=text, width=width, color_system=None).print(what)
+    # Rich would rather draw into the notebook that it runs in than write to the file.
+    Console(file=text, width=width, color_system=None, force_jupyter=False).print(what)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 

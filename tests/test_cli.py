@@ -20,7 +20,7 @@ from pfsurgery.cli import main
 
 COMMANDS = (
     *("demo", "finetune", "scan", "plan", "convert", "recover", "compare", "eval"),
-    *("ops", "policies"),
+    *("push", "ops", "policies"),
 )
 SMALL = ("--model", "test_resnet", "--num-classes", "10")
 DIGITS_MODEL = (*SMALL, "--no-pretrained", "--data", "digits")
@@ -87,6 +87,31 @@ def test_scan_and_plan(cli, tmp_path):
     assert "excluded" in result.out
     again = cli("plan", *SMALL, "-p", out, "--json")
     assert json.loads(again.out) == json.loads(out.read_text())
+
+
+def test_attention_is_scanned_and_converted(cli, tmp_path):
+    vit = ("--model", "test_vit", "--num-classes", "10", "--model-kwarg", "depth=2")
+    sites = json.loads(cli("scan", *vit, "--json").out)
+    assert [s["name"] for s in sites] == ["patch_embed.proj", "blocks.0.attn", "blocks.1.attn"]
+    assert sites[1]["geometry"]["grid"] == [10, 10]
+    table = cli("scan", *vit).out
+    assert "attention" in table
+    assert "10x10+1 tokens 64 h2" in " ".join(table.split())
+    out = tmp_path / "fast"
+    result = cli("convert", *vit, "--no-pretrained", "-p", "eff_transformer", "--out", out)
+    assert result.code == 0, result.err
+    loaded = load(out)
+    assert type(loaded.blocks[1].attn).__name__ == "EffAttention"
+    assert loaded(torch.zeros(1, 3, 160, 160)).shape == (1, 10)
+
+
+def test_a_model_of_the_paper_is_opened_by_name(cli, tmp_path):
+    paper = ("--model", "resnet50_max.pf", "--model-kwarg", "layers=[1,1,1,1]")
+    sites = json.loads(cli("scan", *paper, "--size", 64, "--json").out)
+    assert [site["name"] for site in sites] == ["conv1"]
+    result = cli("convert", *paper, "--pretrained", "-p", "eff_max", "--out", tmp_path / "fast")
+    assert result.code == 2
+    assert "no weights of resnet50_max" in " ".join(result.err.split())
 
 
 def test_convert_then_compare(cli, tmp_path):
@@ -240,7 +265,7 @@ BAD = {
         "matches no site",
     ),
     "model without sites": (
-        ("scan", "--model", "naflexvit_base_patch16_gap"),
+        ("plan", "--model", "naflexvit_base_patch16_gap", "-p", "maxpool_all"),
         "nothing to convert",
     ),
     "size too small": (("scan", "--model", "vgg11", "--size", "8"), "example of shape"),

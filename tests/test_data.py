@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pfsurgery.batches import open_images, skipped_images, unlabelled_images
-from pfsurgery.data import digits, open_data
+from pfsurgery.data import Augmentation, digits, open_data
 from pfsurgery.errors import DataError
 from pfsurgery.recover import evaluate
 
@@ -244,3 +244,51 @@ def test_digits_by_name():
     model = timm.create_model("test_resnet", num_classes=10)
     data = open_data("digits", model)
     assert sum(len(labels) for _, labels in data.val) == len(digits().val)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_in_memory_are_the_same_and_read_once(tmp_path, workers):
+    fill(tmp_path / "train", images=6)
+    fill(tmp_path / "val", images=6)
+    (tmp_path / "val" / "c0" / "001.jpg").write_bytes(b"no image")
+    read = open_data(tmp_path, CONFIG, batch_size=4, workers=workers)
+    kept = open_data(tmp_path, CONFIG, batch_size=4, workers=workers, in_memory=True)
+    expected = list(read.val)
+    assert [Path(name).name for name in skipped_images(kept.val)] == ["001.jpg"]
+    for path in (tmp_path / "val").rglob("*.jpg"):
+        if path.name != "001.jpg":
+            path.unlink()
+    for (images, labels), (same_images, same_labels) in zip(expected, kept.val, strict=True):
+        assert torch.equal(images, same_images)
+        assert torch.equal(labels, same_labels)
+
+
+def test_too_many_corrupt_images_in_memory(tmp_path):
+    fill(tmp_path / "train", images=10)
+    for index in range(4):
+        (tmp_path / "train" / "c1" / f"{index:03}.jpg").write_bytes(b"no image")
+    fill(tmp_path / "val", images=3)
+    with pytest.raises(DataError, match="4 of 20 images"):
+        open_data(tmp_path, CONFIG, in_memory=True)
+
+
+def test_augmentation_is_timms(tmp_path):
+    fill(tmp_path / "train", images=6)
+    fill(tmp_path / "val", images=6)
+    strong = Augmentation(crop_scale=0.9, policy="rand-m9-mstd0.5")
+    data = open_data(tmp_path, CONFIG, workers=0, augmentation=strong)
+    assert "RandAugment" in repr(data.train.dataset.transform)
+    assert "scale=(0.9, 1.0)" in repr(data.train.dataset.transform)
+    assert "RandAugment" not in repr(data.val.dataset.transform)
+    with pytest.raises(DataError, match=r"rand-m9-mstd0\.5, augmix or 3a"):
+        open_data(tmp_path, CONFIG, augmentation=Augmentation(policy="nonsense-m9"))
+
+
+def test_unlabelled_images_for_training(tmp_path, model):
+    fill(tmp_path / "some", images=6)
+    for number, path in enumerate(sorted((tmp_path / "some").rglob("*.jpg"))):
+        path.rename(tmp_path / f"{number}.jpg")
+    loader = open_images(tmp_path, model, training=True, labelled=False, batch_size=4)
+    assert [len(images) for images, _ in loader] == [4, 4, 4]
+    with pytest.raises(DataError, match="class folders"):
+        open_images(tmp_path, model, training=True)

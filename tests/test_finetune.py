@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from pfsurgery.recover import FinetuneConfig, evaluate, finetune
 from pfsurgery.recover.distill import kd_loss, recovery_loss
 from pfsurgery.recover.state import write_weights
 
+TENSORBOARD = importlib.util.find_spec("tensorboard") is not None
 SHORT = FinetuneConfig(batch_size=32, max_steps=4, warmup=0.0)
 
 
@@ -106,7 +108,13 @@ def test_learns_digits_and_leaves_a_log_and_weights(model, data, tmp_path):
     kinds = [record["kind"] for record in records]
     assert kinds[0] == "start"
     assert kinds.count("epoch") == 2
+    assert records[-1]["kind"] == "end"
     assert records[-1]["val"]["top1"] == result.last.top1
+    table = (tmp_path / "run" / "epochs.csv").read_text().splitlines()
+    assert table[0] == "epoch,step,loss,lr,images_per_s,top1,top5,val_loss"
+    assert [row.split(",")[5] for row in table[1:]] == [
+        str(entry.val.top1) for entry in result.history if entry.val
+    ]
     steps = [record for record in records if record["kind"] == "step"]
     assert all(math.isfinite(step["loss"]) for step in steps)
     assert steps[0]["lr"] < 3e-3
@@ -116,8 +124,12 @@ def test_learns_digits_and_leaves_a_log_and_weights(model, data, tmp_path):
     best.load_state_dict(load_file(result.weights))
     assert evaluate(best, data.val, batch_size=32) == result.best
     assert sorted(path.name for path in result.weights.parent.iterdir()) == [
-        "last_good.safetensors",
+        "best.safetensors",
+        "checkpoints",
+        "config.yaml",
+        "epochs.csv",
         "log.jsonl",
+        *(["tensorboard"] if TENSORBOARD else []),
     ]
 
 
@@ -188,9 +200,9 @@ def test_nan_stops_with_the_last_good_weights(model, data, tmp_path):
     message = str(caught.value)
     assert "step 5 of 9 (epoch 2)" in message
     assert "learning rate of" in message
-    assert str(tmp_path / "last_good.safetensors") in message
-    assert same(load_file(tmp_path / "last_good.safetensors"), model.state_dict())
-    assert lines(tmp_path)[-1]["kind"] == "stopped"
+    assert str(tmp_path / "best.safetensors") in message
+    assert same(load_file(tmp_path / "best.safetensors"), model.state_dict())
+    assert lines(tmp_path)[-1]["kind"] == "diverged"
     assert lines(tmp_path)[-1]["step"] == 5
 
 
@@ -230,8 +242,8 @@ import sys, timm, torch
 from pfsurgery.data import digits
 from pfsurgery.recover import FinetuneConfig, finetune
 torch.manual_seed(0)
-data, model = digits(), timm.create_model("test_resnet", num_classes=10)
-config = FinetuneConfig(batch_size=16, max_steps=4)
+data, model = digits(), timm.create_model("test_convnext", num_classes=10)
+config = FinetuneConfig(batch_size=8, max_steps=20, log_every=1, optimizer="sgd", lr=0.1)
 result = finetune(model, train=data.train, val=data.val, config=config, out=sys.argv[1])
 total = sum(float(parameter.detach().sum()) for parameter in model.parameters())
 print("images", result.last.images, "sum", total, type(model).__name__)
@@ -239,7 +251,7 @@ print("images", result.last.images, "sum", total, type(model).__name__)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would need a GPU for each process")
-def test_two_processes_share_the_work(tmp_path):
+def test_two_processes_are_one_with_the_double_batch(data, tmp_path):
     (tmp_path / "job.py").write_text(TWO_PROCESSES)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
@@ -248,14 +260,26 @@ def test_two_processes_share_the_work(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     first, second = (line for line in done.stdout.splitlines() if line.startswith("images"))
     assert first == second
     assert first.startswith("images 445")
-    assert first.endswith("ResNet")
-    assert [record["kind"] for record in lines(tmp_path / "run")] == ["start", "step", "epoch"]
+    assert first.endswith("ConvNeXt")
+    records = lines(tmp_path / "run")
+    assert [r["kind"] for r in records] == ["start", *["step"] * 20, "epoch", "end"]
+
+    torch.manual_seed(0)
+    model = timm.create_model("test_convnext", num_classes=10)
+    config = FinetuneConfig(batch_size=16, max_steps=20, log_every=1, optimizer="sgd", lr=0.1)
+    finetune(model, train=data.train, val=data.val, config=config, out=tmp_path / "one")
+    together, alone = (
+        [r["loss"] for r in lines(tmp_path / name) if r["kind"] == "step"]
+        for name in ("run", "one")
+    )
+    assert together == pytest.approx(alone, abs=1e-5)
+    assert max(alone) - min(alone) > 0.05
 
 
 def test_frozen_parameters_stay(model, data):

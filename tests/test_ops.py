@@ -20,16 +20,22 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 FAST = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 
 
+CLASSES = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
 @st.composite
-def convolutions(draw, strides=(1, 2, 3), modes=("zeros", "reflect", "replicate", "circular")):
-    kernel = draw(st.tuples(st.integers(1, 5), st.integers(1, 5)).filter(lambda k: max(k) > 1))
+def convolutions(
+    draw, strides=(1, 2, 3), modes=("zeros", "reflect", "replicate", "circular"), dims=2
+):
+    sizes = st.tuples(*(st.integers(1, 5) for _ in range(dims)))
+    kernel = draw(sizes.filter(lambda k: max(k) > 1))
     dilation = draw(st.integers(1, 2))
     stride = draw(st.sampled_from(strides))
     same = stride == 1 and draw(st.booleans())
     half = tuple((k - 1) * dilation // 2 for k in kernel)
     padding = "same" if same else tuple(draw(st.integers(0, h)) for h in half)
     channels = draw(st.integers(1, 20))
-    return nn.Conv2d(
+    return CLASSES[dims](
         channels,
         channels,
         kernel,
@@ -81,6 +87,36 @@ def test_shift_is_a_depthwise_convolution_with_one_hot_filters(conv, size):
             channel += count
         assert channel == conv.in_channels
         torch.testing.assert_close(module(x), conv(x))
+
+
+@pytest.mark.parametrize("dims", [1, 3])
+@settings(FAST, max_examples=15)
+@given(st.data())
+def test_signals_and_volumes_are_treated_as_images_are(dims, data):
+    conv = data.draw(convolutions(dims=dims))
+    size = data.draw(st.tuples(*(st.integers(9, 11) for _ in range(dims))))
+    layout = {1: torch.contiguous_format, 3: torch.channels_last_3d}[dims]
+    x = torch.randn(1, conv.in_channels, *size).to(memory_format=layout)
+    site = site_of(conv, x)
+    for name in ("max_pool", "avg_pool", "shift", "identity", "blur"):
+        if not get_op(name).supports(site):
+            continue
+        module = get_op(name).build(site)
+        y = module(x)
+        assert y.shape == conv(x).shape
+        assert y.isfinite().all()
+        assert conv.in_channels == 1 or y.is_contiguous(memory_format=layout)
+        if name in ("max_pool", "avg_pool", "blur"):
+            constant = module(torch.full_like(x, 3.0))
+            torch.testing.assert_close(constant, torch.full_like(constant, 3.0))
+        if name == "shift":
+            with torch.no_grad():
+                conv.weight.zero_()
+                channel = 0
+                for tap, count in module.taps:
+                    conv.weight[(slice(channel, channel + count), 0, *tap)] = 1
+                    channel += count
+                torch.testing.assert_close(y, conv(x))
 
 
 @FAST
@@ -206,7 +242,10 @@ def test_timm_same_padding_is_followed():
                 assert get_op(name).build(site)(x).shape == conv(x).shape
 
 
-@pytest.mark.parametrize("name", sorted(set(list_ops()) - {"avg_down", "mixed", "bare", "thin"}))
+NO_SWAP = {"avg_down", "mixed", "bare", "thin", "eff_attention"}
+
+
+@pytest.mark.parametrize("name", sorted(set(list_ops()) - NO_SWAP))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtype_is_kept(name, dtype):
     conv = nn.Conv2d(6, 6, 3, stride=2, padding=1, groups=6)

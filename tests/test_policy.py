@@ -18,11 +18,11 @@ MODEL = timm.create_model("test_resnet")
 def test_the_named_policies_are_there_with_a_summary():
     expected = {
         *(f"{op}pool_{where}" for op in ("max", "avg") for where in ("deep", "all", "depthwise")),
-        *("shift_all", "eff_max", "eff_hybrid"),
+        *("shift_all", "eff_max", "eff_hybrid", "eff_transformer"),
     }
     assert expected <= set(list_policies())
     assert all(get_policy(name).summary for name in expected)
-    assert list_policies("eff_*") == ["eff_hybrid", "eff_max"]
+    assert list_policies("eff_*") == ["eff_hybrid", "eff_max", "eff_transformer"]
 
 
 def test_a_yaml_policy(tmp_path):

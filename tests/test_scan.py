@@ -142,7 +142,10 @@ def test_errors_say_what_to_do():
 def test_spatial_means_a_kernel_of_more_than_one_pixel():
     assert is_spatial(nn.Conv2d(1, 1, (1, 2)))
     assert not is_spatial(nn.Conv2d(1, 1, 1))
-    assert not is_spatial(nn.ConvTranspose2d(1, 1, 3))
+    assert not is_spatial(nn.Conv1d(1, 1, 1))
+    assert not is_spatial(nn.MaxPool2d(3))
+    for cls in (nn.Conv1d, nn.Conv3d, nn.ConvTranspose2d):
+        assert is_spatial(cls(1, 1, 2))
 
 
 @pytest.mark.parametrize(

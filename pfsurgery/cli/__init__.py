@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import warnings
 from typing import Any
@@ -16,9 +17,11 @@ from pfsurgery.cli.evaluate import evaluate
 from pfsurgery.cli.finetune import finetune
 from pfsurgery.cli.listing import ops, policies
 from pfsurgery.cli.plan import plan
+from pfsurgery.cli.push import push
 from pfsurgery.cli.recover import recover
 from pfsurgery.cli.scan import scan
 from pfsurgery.errors import NoEffectWarning, SurgeryError
+from pfsurgery.recover.stop import StoppedError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,16 +30,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make trained vision models faster with parameter-free layers.",
 )
-for command in (demo, finetune, scan, plan, convert, recover, compare, ops, policies):
+for command in (demo, finetune, scan, plan, convert, recover, compare, push, ops, policies):
     app.command()(command)
 app.command("eval")(evaluate)
 
 
 def main() -> None:
-    """Run the command line; an error that a user can mend ends in one message and exit code 2."""
+    """Run the command line; an error that a user can mend ends in one message and exit code 2.
+
+    A run that SIGTERM ended after it had saved exits with 143, as programs do on that signal.
+    """
     warnings.showwarning = _show_warning
     try:
         app()
+    except StoppedError as stopped:
+        Console(stderr=True, soft_wrap=True).print(_escaped(str(stopped)))
+        sys.exit(128 + signal.SIGTERM)
     except SurgeryError as error:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {_escaped(str(error))}")
         sys.exit(2)

@@ -46,7 +46,7 @@ def convert(
 
     Example: pfsurgery convert --model resnet50 --policy maxpool_deep --out fast/
 
-    Example: pfsurgery convert --model resnet50 --policy budget --macs 40% --data imagenet/ --out f/
+    Example: pfsurgery convert --model resnet50 --policy budget --macs 60% --data imagenet/ --out f/
     """
     net = options.opened(model, pretrained, checkpoint, num_classes, model_kwarg)
     chosen, sites = options.chosen(

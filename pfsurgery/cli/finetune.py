@@ -3,37 +3,40 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from pfsurgery.cli import options, show
-from pfsurgery.data import open_data
+from pfsurgery.cli.settings import with_settings
+from pfsurgery.data import Augmentation, open_data
 from pfsurgery.job import run_job, writable
-from pfsurgery.recover import FinetuneConfig
+from pfsurgery.recover.config_file import read_config
+from pfsurgery.recover.optimizer import check_optimizer
+from pfsurgery.recover.prepare import check_backend
+from pfsurgery.recover.processes import join_processes
 
 
+@with_settings
 def finetune(
     model: options.Model,
     policy: options.Policy,
     data: options.Data,
-    out: Annotated[Path, typer.Option(help="Directory for model, report and log.")],
+    out: Annotated[Path, typer.Option(help="Directory for model, report, log and checkpoints.")],
+    settings: dict[str, Any],
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML file of settings; the options below go before it."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue in --out, or begin if nothing is there.")
+    ] = False,
     pretrained: options.Pretrained = True,
     checkpoint: options.Checkpoint = None,
-    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 10,
-    batch_size: Annotated[int, typer.Option(help="Images in a batch, a process.", min=1)] = 64,
-    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
-    optimizer: Annotated[str, typer.Option(help="timm's name of the optimizer.")] = "adamw",
-    weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = 0.02,
-    kd_weight: Annotated[
-        float, typer.Option(help="Share of the teacher in the loss, from 0 to 1.")
-    ] = 0.7,
-    temperature: Annotated[float, typer.Option(help="Of the distillation.")] = 2.0,
-    max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
-    mixed_precision: Annotated[str, typer.Option(help="no or bf16.")] = "no",
-    channels_last: Annotated[bool, typer.Option(help="Train in channels_last.")] = False,
-    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     workers: Annotated[int | None, typer.Option(help="Processes that read images.", min=0)] = None,
+    in_memory: Annotated[
+        bool, typer.Option("--in-memory", help="Decode all images once and keep them.")
+    ] = False,
     macs: options.Macs = None,
     params: options.Params = None,
     latency: options.Latency = None,
@@ -49,23 +52,24 @@ def finetune(
     """Convert a model, win its accuracy back with the original as teacher, report what was saved.
 
     Example: pfsurgery finetune --model resnet50 --policy maxpool_deep --data imagenet/ --out fast/
+
+    On several GPUs: torchrun --nproc-per-node 8 -m pfsurgery.cli finetune ...
     """
-    config = FinetuneConfig(
-        epochs=epochs,
-        batch_size=batch_size,
-        optimizer=optimizer,
-        lr=lr,
-        weight_decay=weight_decay,
-        temperature=temperature,
-        kd_weight=kd_weight,
-        mixed_precision=mixed_precision,  # type: ignore[arg-type]
-        channels_last=channels_last,
-        seed=seed,
-        max_steps=max_steps,
-    )
+    chosen_settings = read_config(config, settings)
+    check_optimizer(chosen_settings)
+    check_backend(chosen_settings)
     writable(out)
+    join_processes()
     original = options.opened(model, pretrained, checkpoint, num_classes, model_kwarg)
-    images = open_data(data, original, batch_size=batch_size, workers=workers)
+    images = open_data(
+        data,
+        original,
+        batch_size=chosen_settings.batch_size,
+        workers=workers,
+        labelled=chosen_settings.kd_weight < 1,
+        in_memory=in_memory,
+        augmentation=Augmentation(chosen_settings.crop_scale, chosen_settings.auto_augment),
+    )
     chosen, sites = options.chosen(
         original,
         policy,
@@ -84,8 +88,10 @@ def finetune(
         train=images.train,
         val=images.val,
         out=out,
-        config=config,
+        config=chosen_settings,
+        resume=resume,
         tell=show.silent if json else show.line,
         **sites,
     )
-    show.report(report, out, json)
+    if show.is_first_process():
+        show.report(report, out, json)

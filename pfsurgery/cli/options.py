@@ -23,7 +23,7 @@ Model = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="timm name, torchvision/NAME, or a directory that pfsurgery saved.",
+        help="timm name, torchvision/NAME, hf-hub:USER/NAME, or a folder that pfsurgery saved.",
     ),
 ]
 Policy = Annotated[

@@ -14,10 +14,10 @@ def scan(
     size: options.Size = None,
     json: options.Json = False,
 ) -> None:
-    """List every spatial convolution of a model.
+    """List every spatial convolution and every self-attention of a model.
 
     Example: pfsurgery scan --model mobilenetv2_100
     """
     net = options.opened(model, False, None, num_classes, model_kwarg)
-    sites = scan_model(net, options.example_of(net, size))
+    sites = scan_model(net, options.example_of(net, size), attention=True)
     options.emit(site_table(sites), json, [site.to_dict() for site in sites])

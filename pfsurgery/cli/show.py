@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from pfsurgery.policy import Tell
 
 def line(text: str) -> None:
     """One step of the job."""
+    if not is_first_process():
+        return
     Console().print(f"[dim]...[/] {text}")
 
 
@@ -31,6 +34,11 @@ def timed() -> Tell:
     return tell
 
 
+def is_first_process() -> bool:
+    """Whether this is the one of several processes that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def silent(text: str) -> None:
     """Nothing, where the output is for a script."""
 
@@ -43,6 +51,8 @@ def report(result: Report, out: Path, as_json: bool) -> None:
     console = Console()
     console.print(result.comparison)
     console.print(result)
+    if result.given_back:
+        console.print(f"Given back to keep the accuracy: {', '.join(result.given_back)}")
     console.print(
         f"\nModel, report and figure are in [bold]{out}[/]. To use the model:\n\n"
         f"    import pfsurgery\n"

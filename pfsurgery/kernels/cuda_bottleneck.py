@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pfsurgery.sites import Geometry, Pair
+from pfsurgery.sites import Geometry, Size
 from pfsurgery.structure import Run
 
 _POSITIONS, _COLUMNS, _OUTPUTS, _LEAST = 64, 32, 64, 16
@@ -37,7 +37,7 @@ class Taps:
     across: Tensor
 
 
-def taps_of(runs: tuple[Run, ...], geometry: Geometry, size: Pair, device: torch.device) -> Taps:
+def taps_of(runs: tuple[Run, ...], geometry: Geometry, size: Size, device: torch.device) -> Taps:
     """The table of the runs that are taps, for images of `size` rows and columns."""
     (top, _), (left, _) = geometry.pads(size)
     rows = [
@@ -127,8 +127,8 @@ def bottleneck(
     x: Tensor,
     pooled: Tensor | None,
     taps: Taps,
-    size: Pair,
-    stride: Pair,
+    size: Size,
+    stride: Size,
     middle: Tensor,
     expand: Tensor | None,
     bias: Tensor,

@@ -88,7 +88,7 @@ def operation_shares(decision: Decision) -> dict[str, float]:
     return shares
 
 
-def _name(run: Run, kernel: tuple[int, int]) -> str:
+def _name(run: Run, kernel: tuple[int, ...]) -> str:
     if run.kind != "tap":
         return run.kind
     return "identity" if (2 * run.top + 1, 2 * run.left + 1) == kernel else "shift"

@@ -41,12 +41,15 @@ class Op(ABC):
             stride alone. Such an op saves no parameters.
         fitted: The op has pointwise weights of its own, which the policy `budget` fits to images,
             so that it mixes the channels itself.
+        attention: The op takes the place of a self-attention, not of a convolution: it maps tokens
+            (N, L, C) to as many, and has linear layers, which are copied as far as can be.
     """
 
     name: str
     summary: str
     keeps_convolution: bool = False
     fitted: bool = False
+    attention: bool = False
 
     def supports(self, site: Site) -> Support:
         """Whether the op can stand at `site`, with the reason where it cannot."""
@@ -55,6 +58,10 @@ class Op(ABC):
     @abstractmethod
     def build(self, site: Site) -> nn.Module:
         """The module for `site`, without any parameter or persistent buffer."""
+
+    def parameters(self, site: Site) -> int:
+        """Parameters of the module for `site`: those of the linear layers of an `attention` op."""
+        return 0
 
     def macs_per_position(self, site: Site) -> int:
         """Multiply-adds at one output position; 0 for comparisons, additions and copies."""

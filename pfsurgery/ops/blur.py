@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from math import comb
+from collections.abc import Callable
+from math import comb, prod
 
 import torch
 from torch import Tensor, nn
@@ -10,47 +11,50 @@ from torch.nn import functional as F
 
 from pfsurgery.kernels import choice, functions
 from pfsurgery.ops.base import Op, register_op
-from pfsurgery.ops.window import Window
+from pfsurgery.ops.window import Window, in_layout_of
 from pfsurgery.sites import Site
+
+_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class Blur(nn.Module):
     """Binomial filter of the window's size: (N, C, H, W) to (N, C, H', W').
 
     The filter is the outer product of two rows of Pascal's triangle, scaled to sum 1 (3x3: 1 2 1),
-    computed as two one-dimensional passes (Zhang, ICML 2019, arXiv 1904.11486, uses it against
-    aliasing). Equal to a depthwise convolution with that filter.
+    computed as one-dimensional passes, one an axis (Zhang, ICML 2019, arXiv 1904.11486, uses it
+    against aliasing). Equal to a depthwise convolution with that filter.
 
     Borders: edge pixels are repeated, so a constant input stays constant; with reflect or circular
     padding, as these say. No parameters; height + width of the kernel MACs per output.
     """
 
-    rows: Tensor
-    columns: Tensor
-
     def __init__(self, window: Window) -> None:
         super().__init__()
         self.window = window
-        height, width = window.kernel_size
-        self.register_buffer("rows", _binomial(height).reshape(1, 1, height, 1), persistent=False)
-        self.register_buffer("columns", _binomial(width).reshape(1, 1, 1, width), persistent=False)
+        for axis, size in enumerate(window.kernel_size):
+            shape = [size if axis == other else 1 for other in range(window.dims)]
+            taps = _binomial(size).reshape(1, 1, *shape)
+            self.register_buffer(f"taps{axis}", taps, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """The filtered input."""
         window = self.window
-        autocast = torch.is_autocast_enabled(x.device.type)  # the stock convolution would cast
-        if not autocast and choice.why_stock(x) is None:
+        # Under autocast the stock convolution would cast; a shadow's device has no autocast to ask.
+        if choice.why_stock(x) is None and not torch.is_autocast_enabled(x.device.type):
             axes = window.axes(x, "binomial")
             if axes is not None:
                 return functions.weighted_sum(x, *axes)
         mode = "replicate" if window.padding_mode == "zeros" else window.padding_mode
-        channels = x.shape[-3]
-        (down, right), (dilate_down, dilate_right) = window.stride, window.dilation
-        x = window.pad(x, mode=mode)
-        rows = self.rows.to(x.dtype).expand(channels, 1, -1, -1)
-        columns = self.columns.to(x.dtype).expand(channels, 1, -1, -1)
-        x = F.conv2d(x, rows, stride=(down, 1), dilation=(dilate_down, 1), groups=channels)
-        return F.conv2d(x, columns, stride=(1, right), dilation=(1, dilate_right), groups=channels)
+        channels = x.shape[-1 - window.dims]
+        convolve: Callable[..., Tensor] = _CONVOLVE[window.dims]
+        made = window.pad(x, mode=mode)
+        for axis in range(window.dims):
+            taps: Tensor = getattr(self, f"taps{axis}").to(x.dtype)
+            taps = taps.expand(channels, 1, *(-1 for _ in range(window.dims)))
+            stride, dilation = ([1] * window.dims for _ in range(2))
+            stride[axis], dilation[axis] = window.stride[axis], window.dilation[axis]
+            made = convolve(made, taps, stride=stride, dilation=dilation, groups=channels)
+        return in_layout_of(x, made)
 
     def extra_repr(self) -> str:
         """The window, for printing."""
@@ -72,9 +76,12 @@ class BlurOp(Op):
         return Blur(Window.of(site.geometry))
 
     def macs_per_position(self, site: Site) -> int:
-        """Two one-dimensional passes (the first at the stride of its own axis only)."""
-        height, width = site.geometry.kernel_size
-        return site.geometry.in_channels * (height * site.geometry.stride[1] + width)
+        """One pass an axis, which has taken the strides of its own and earlier axes only."""
+        geometry = site.geometry
+        passes = (
+            size * prod(geometry.stride[i + 1 :]) for i, size in enumerate(geometry.kernel_size)
+        )
+        return geometry.in_channels * sum(passes)
 
 
 register_op(BlurOp())

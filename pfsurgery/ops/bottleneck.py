@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -133,7 +135,8 @@ def _thin(geometry: Geometry, inputs: int, outputs: int) -> nn.Conv2d:
 
         same: nn.Conv2d = Conv2dSame(inputs, outputs, size, stride, dilation=dilation, bias=False)
         return same
-    return nn.Conv2d(inputs, outputs, size, stride, geometry.padding, dilation, bias=False)
+    padding: Any = geometry.padding
+    return nn.Conv2d(inputs, outputs, *(size, stride, padding, dilation), bias=False)  # type: ignore[arg-type]
 
 
 def _matrix(conv: nn.Conv2d) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +12,13 @@ from torch.nn import functional as F
 from pfsurgery.kernels import choice, functions
 from pfsurgery.kernels.axes import Axis, Weighing
 from pfsurgery.ops.base import Op, Support, register_op
-from pfsurgery.ops.window import Window
+from pfsurgery.ops.window import Window, in_layout_of
 from pfsurgery.sites import Site
 
 _NARROW = 16
+_MAX = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+_MEAN = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+_DOWN = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 
 
 class MaxPool(nn.Module):
@@ -33,10 +37,12 @@ class MaxPool(nn.Module):
         window = self.window
         if (axes := _axes(window, x, "none")) is not None:
             return functions.max_pool(x, *axes)
-        padding = window.stock_padding
+        pool: Callable[..., Tensor] = _MAX[window.dims]
+        padded, padding = x, window.stock_padding
         if padding is None:
-            x, padding = window.pad(x, value=-math.inf), (0, 0)
-        return F.max_pool2d(x, window.kernel_size, window.stride, padding, window.dilation)
+            padded, padding = window.pad(x, value=-math.inf), (0,) * window.dims
+        made = pool(padded, window.kernel_size, window.stride, padding, window.dilation)
+        return in_layout_of(x, made)
 
     def extra_repr(self) -> str:
         """The window, for printing."""
@@ -61,16 +67,16 @@ class AvgPool(nn.Module):
         window = self.window
         if (axes := _axes(window, x, "mean")) is not None:
             return functions.weighted_sum(x, *axes)
+        pool: Callable[..., Tensor] = _MEAN[window.dims]
         padding = window.stock_padding
         if padding is not None:
-            return F.avg_pool2d(
-                x, window.kernel_size, window.stride, padding, count_include_pad=False
-            )
-        means = F.avg_pool2d(window.pad(x), window.kernel_size, window.stride)
+            made = pool(x, window.kernel_size, window.stride, padding, count_include_pad=False)
+            return in_layout_of(x, made)
+        means = in_layout_of(x, pool(window.pad(x), window.kernel_size, window.stride))
         if window.padding_mode != "zeros":
             return means
-        ones = torch.ones_like(x[..., :1, :, :])
-        return means / F.avg_pool2d(window.pad(ones), window.kernel_size, window.stride)
+        ones = torch.ones_like(x.narrow(-1 - window.dims, 0, 1))
+        return means / pool(window.pad(ones), window.kernel_size, window.stride)
 
     def extra_repr(self) -> str:
         """The window, for printing."""
@@ -86,7 +92,7 @@ def _axes(window: Window, x: Tensor, weighing: Weighing) -> tuple[Axis, Axis] | 
     if choice.why_stock(x) is not None:
         return None
     small = not x.is_contiguous() or x.shape[3] < _NARROW
-    if window.stride != (1, 1) and x.device.type == "cpu" and small:
+    if set(window.stride) != {1} and x.device.type == "cpu" and small:
         return None
     return window.axes(x, weighing)
 
@@ -110,7 +116,7 @@ class AvgPoolOp(Op):
 
     def supports(self, site: Site) -> Support:
         """Any window without dilation."""
-        if site.geometry.dilation != (1, 1):
+        if set(site.geometry.dilation) != {1}:
             return Support("average pooling has no dilation")
         return super().supports(site)
 
@@ -133,7 +139,7 @@ class AvgDownOp(Op):
     def supports(self, site: Site) -> Support:
         """Stride 2 and an odd kernel whose padding keeps the size at stride 1."""
         geometry = site.geometry
-        if geometry.stride != (2, 2):
+        if set(geometry.stride) != {2}:
             return Support("only a stride of 2 can move into a 2x2 average pool")
         same = tuple(
             (k - 1) * d for k, d in zip(geometry.kernel_size, geometry.dilation, strict=True)
@@ -146,7 +152,8 @@ class AvgDownOp(Op):
 
     def build(self, site: Site) -> nn.Module:
         """A 2x2 average pool that rounds sizes up."""
-        return nn.AvgPool2d(2, 2, ceil_mode=True)
+        down: nn.Module = _DOWN[site.geometry.dims](2, 2, ceil_mode=True)
+        return down
 
 
 register_op(MaxPoolOp())

@@ -13,7 +13,7 @@ from pfsurgery.kernels.axes import Axis
 from pfsurgery.kernels.layout import Group
 from pfsurgery.ops.base import Op, register_op
 from pfsurgery.ops.window import Window, in_layout_of
-from pfsurgery.sites import Pair, Site
+from pfsurgery.sites import Site, Size
 
 
 class Shift(nn.Module):
@@ -21,7 +21,8 @@ class Shift(nn.Module):
 
     The channels are cut into contiguous groups, one for each tap of the kernel's inner 3x3: the
     first stays, the others move by one (dilated) pixel in the 8 directions (Wu et al., "Shift",
-    CVPR 2018, arXiv 1711.08141). Equal to a depthwise convolution whose filters have a single 1.
+    CVPR 2018, arXiv 1711.08141); signals (N, C, L) have 2 directions, volumes 26. Equal to a
+    depthwise convolution whose filters have a single 1.
 
     Borders: zeros move in, or what the window's padding mode says. No parameters, no MACs, no
     arithmetic.
@@ -43,11 +44,10 @@ class Shift(nn.Module):
             if axes is not None:
                 return functions.shift(x, _groups(axes, self.taps))
         padded = self.window.pad(x)
-        groups = torch.split(padded, [size for _, size in self.taps], dim=-3)
-        moved = [
-            self.window.tap(group, tap) for group, (tap, _) in zip(groups, self.taps, strict=True)
-        ]
-        return in_layout_of(x, torch.cat(moved, dim=-3))
+        channels = -1 - self.window.dims
+        groups = torch.split(padded, [size for _, size in self.taps], dim=channels)
+        moved = [self.window.tap(groups[i], tap) for i, (tap, _) in enumerate(self.taps)]
+        return in_layout_of(x, torch.cat(moved, dim=channels))
 
     def extra_repr(self) -> str:
         """The window, for printing."""
@@ -55,7 +55,7 @@ class Shift(nn.Module):
 
 
 @lru_cache(maxsize=1024)
-def _groups(axes: tuple[Axis, Axis], taps: tuple[tuple[Pair, int], ...]) -> tuple[Group, ...]:
+def _groups(axes: tuple[Axis, Axis], taps: tuple[tuple[Size, int], ...]) -> tuple[Group, ...]:
     """For each tap the end of its channels, and the axes that see it alone."""
     ends = accumulate(channels for _, channels in taps)
     down, across = axes
@@ -101,14 +101,14 @@ class IdentityOp(Op):
     def build(self, site: Site) -> nn.Module:
         """A `Copy`, or a `Subsample` where the sizes differ."""
         window = Window.of(site.geometry)
-        pads = site.geometry.pads(site.input_shape[-2:])  # type: ignore[arg-type]
+        pads = site.geometry.pads(site.input_shape[-window.dims :])
         centred = all(
             (before, after) == (centre * dilation, (size - 1 - centre) * dilation)
             for (before, after), centre, dilation, size in zip(
                 pads, window.center, window.dilation, window.kernel_size, strict=True
             )
         )
-        if window.stride == (1, 1) and centred:
+        if set(window.stride) == {1} and centred:
             return Copy()
         return Subsample(window)
 

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from itertools import product
+from math import prod
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from pfsurgery.kernels.axes import Axis, Weighing, axis
-from pfsurgery.sites import Geometry, Pair
+from pfsurgery.sites import Geometry, Pair, Size
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
     """The windows of a convolution, without channels; fields as in `Geometry`."""
 
-    kernel_size: Pair
-    stride: Pair = (1, 1)
-    padding: Pair | Literal["same"] = (0, 0)
-    dilation: Pair = (1, 1)
+    kernel_size: Size
+    stride: Size = (1, 1)
+    padding: Size | Literal["same"] = (0, 0)
+    dilation: Size = (1, 1)
     padding_mode: str = "zeros"
 
     @classmethod
@@ -36,7 +38,12 @@ class Window:
         )
 
     @property
-    def stock_padding(self) -> Pair | None:
+    def dims(self) -> int:
+        """Axes that the windows slide along: 2 for images."""
+        return len(self.kernel_size)
+
+    @property
+    def stock_padding(self) -> Size | None:
         """Padding as PyTorch's pooling takes it, None where it would refuse it."""
         if self.padding == "same" or self.padding_mode != "zeros":
             return None
@@ -44,9 +51,9 @@ class Window:
         return self.padding if small else None
 
     @property
-    def center(self) -> Pair:
+    def center(self) -> Size:
         """The tap in the middle of the kernel; of an even kernel, the one above and left of it."""
-        return (self.kernel_size[0] - 1) // 2, (self.kernel_size[1] - 1) // 2
+        return tuple((size - 1) // 2 for size in self.kernel_size)
 
     def pad(self, x: Tensor, value: float = 0.0, mode: str | None = None) -> Tensor:
         """Pad (N, C, H, W) so that windows need no padding any more.
@@ -56,11 +63,10 @@ class Window:
             value: What `"zeros"` padding is filled with.
             mode: Padding mode in place of the window's own.
         """
-        (top, bottom), (left, right) = self._pads((x.shape[-2], x.shape[-1]))
-        if not (top or bottom or left or right):
+        edges = [pixels for axis in reversed(self._pads(self._size(x))) for pixels in axis]
+        if not any(edges):
             return x
         mode = mode or self.padding_mode
-        edges = (left, right, top, bottom)
         if mode == "zeros":
             return F.pad(x, edges, value=value)
         return in_layout_of(x, F.pad(x, edges, mode=mode))
@@ -73,35 +79,41 @@ class Window:
 
     def axes(self, x: Tensor, weighing: Weighing) -> tuple[Axis, Axis] | None:
         """The two axes of the windows on (N, C, H, W); None where they are not for the kernels."""
+        if self.dims != 2:
+            return None
         return _axes(self, (x.shape[2], x.shape[3]), weighing)
 
-    def _pads(self, size: Pair) -> tuple[Pair, Pair]:
+    def _size(self, x: Tensor) -> Size:
+        """Sizes of the axes that the windows slide along, one by one, as `torch.fx` can trace."""
+        return tuple(x.shape[axis] for axis in range(-self.dims, 0))
+
+    def _pads(self, size: Size) -> tuple[Pair, ...]:
         geometry = Geometry(1, 1, self.kernel_size, self.stride, self.padding, self.dilation)
         return geometry.pads(size)
 
-    def tap(self, padded: Tensor, position: Pair) -> Tensor:
+    def tap(self, padded: Tensor, position: Size) -> Tensor:
         """What one tap of the kernel sees: a view (N, C, H', W') of the padded input."""
-        rows, columns = (
+        seen: tuple[Any, ...] = tuple(
             slice(i * d, size - (k - 1 - i) * d, s)
             for i, d, k, s, size in zip(
                 position,
                 self.dilation,
                 self.kernel_size,
                 self.stride,
-                padded.shape[-2:],
+                self._size(padded),
                 strict=True,
             )
         )
-        return padded[..., rows, columns]
+        index = (..., *seen)
+        return padded[index]
 
-    def near_taps(self) -> tuple[Pair, ...]:
+    def near_taps(self) -> tuple[Size, ...]:
         """The taps of the kernel's inner 3x3 (fewer where the kernel is smaller), center first."""
-        vertical, horizontal = (
+        near = [
             [i for i in (c - 1, c, c + 1) if 0 <= i < k]
             for c, k in zip(self.center, self.kernel_size, strict=True)
-        )
-        taps = [(i, j) for i in vertical for j in horizontal]
-        return (self.center, *(tap for tap in taps if tap != self.center))
+        ]
+        return (self.center, *(tap for tap in product(*near) if tap != self.center))
 
     def why_empty(self) -> str | None:
         """Why some windows would hold nothing but padding, None where each holds a pixel."""
@@ -129,7 +141,7 @@ class Window:
 
 @lru_cache(maxsize=1024)
 def _axes(window: Window, size: Pair, weighing: Weighing) -> tuple[Axis, Axis] | None:
-    if window.padding_mode != "zeros" or window.kernel_size[0] * window.kernel_size[1] > 256:
+    if window.padding_mode != "zeros" or prod(window.kernel_size) > 256:
         return None
     made = []
     fields = (window.kernel_size, window.stride, window.dilation)
@@ -144,6 +156,7 @@ def _axes(window: Window, size: Pair, weighing: Weighing) -> tuple[Axis, Axis] |
 
 def in_layout_of(x: Tensor, made: Tensor) -> Tensor:
     """`made` (N, C, H, W) with its channels innermost where `x` has them so."""
-    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return made.contiguous(memory_format=torch.channels_last)
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    if layout is not None and x.is_contiguous(memory_format=layout):
+        return made.contiguous(memory_format=layout)
     return made

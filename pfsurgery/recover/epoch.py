@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pfsurgery.batches import read, split_batch
+from pfsurgery.batches import read
 from pfsurgery.errors import DataError, TrainingError
 from pfsurgery.recover.config import EpochRecord, FinetuneConfig
-from pfsurgery.recover.distill import recovery_loss
-from pfsurgery.recover.evaluate import check_labels, logits_of
+from pfsurgery.recover.objective import Objective
+from pfsurgery.recover.optimizer import set_rate
+from pfsurgery.recover.order import TrainBatches, seed_step
 from pfsurgery.recover.progress import Show, Write
-
-_STEPS_BETWEEN_CHECKS = 10
+from pfsurgery.recover.ramp import Ramp
+from pfsurgery.recover.snapshot import Position
+from pfsurgery.recover.state import keep_random_state
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,33 +29,43 @@ class Run:
     """What the steps of a run are made with.
 
     Attributes:
-        student: The model, as prepared by the accelerator.
-        teacher: In eval mode, on the accelerator's device.
-        loader: Batches of training images.
+        model: The model itself, without any wrapper.
+        objective: Gives the loss of a batch; its `student` is the prepared model.
+        batches: Training images.
         optimizer: As prepared by the accelerator.
         scheduler: timm's, counting steps.
+        ema: timm's moving average of the model, if there is one.
+        ramp: Of a gradual conversion, if there is one.
         config: Settings.
         accelerator: Accelerate's.
         total: Step at which the run ends.
         write: Writes a record into the log.
     """
 
-    student: nn.Module
-    teacher: nn.Module | None
-    loader: Iterable[Any]
+    model: nn.Module
+    objective: Objective
+    batches: TrainBatches
     optimizer: Any
     scheduler: Any
+    ema: Any
+    ramp: Ramp | None
     config: FinetuneConfig
     accelerator: Any
     total: int
     write: Write
 
+    @property
+    def result(self) -> nn.Module:
+        """What is evaluated and kept: the moving average, or the model where there is none."""
+        averaged: nn.Module = self.model if self.ema is None else self.ema.module
+        return averaged
 
-class NotFiniteError(TrainingError):
-    """A loss or weight is NaN or infinite.
+
+class DivergedError(TrainingError):
+    """A loss or weight is not finite, or the loss explodes.
 
     Args:
-        reason: What is not finite.
+        reason: What happened.
         step: The step where it was found.
         epoch: The epoch, from 1.
         lr: Learning rate of that step.
@@ -63,88 +76,121 @@ class NotFiniteError(TrainingError):
         self.reason, self.step, self.epoch, self.lr = reason, step, epoch, lr
 
 
-def train_epoch(run: Run, *, epoch: int, step: int, show: Show) -> EpochRecord:
-    """One pass over the training images, or less if the run's last step is reached.
+class Window:
+    """The losses since the last line of the log; fetching them is what waits for the device."""
+
+    def __init__(self, run: Run, at: Position, show: Show) -> None:
+        self.run, self.at, self.show = run, at, show
+        self.losses: list[tuple[int, float, Tensor]] = []
+        self.images = 0
+        self.began = time.perf_counter()
+
+    @property
+    def speed(self) -> float:
+        """Images per second over all processes, since the window was made."""
+        seconds = time.perf_counter() - self.began
+        return float(self.images * self.run.accelerator.num_processes / seconds)
+
+    def close(self) -> None:
+        """Check the losses, add them to the epoch's, write a line of the log.
+
+        Raises:
+            DivergedError: One is not finite, or their mean explodes.
+        """
+        if not self.losses:
+            return
+        at, run = self.at, self.run
+        values = run.accelerator.reduce(torch.stack([loss for *_, loss in self.losses]), "mean")
+        losses: list[float] = values.tolist()
+        for (step, rate, _), loss in zip(self.losses, losses, strict=True):
+            if not math.isfinite(loss):
+                raise DivergedError(f"The loss is {loss}", step, at.epoch, rate)
+        mean, (step, lr, _) = math.fsum(losses) / len(losses), self.losses[-1]
+        if at.lowest is not None and mean > run.config.explosion * max(1.0, at.lowest):
+            raise DivergedError(
+                f"The loss rose to {mean:.3g} from {at.lowest:.3g}", step, at.epoch, lr
+            )
+        at.lowest = mean if at.lowest is None else min(at.lowest, mean)
+        at.loss_sum, at.losses = at.loss_sum + math.fsum(losses), at.losses + len(losses)
+        self.losses.clear()
+        self.show(step, f"{self.speed:.0f} images/s  loss {mean:.3f}")
+        run.write({"kind": "step", "step": step, "epoch": at.epoch, "lr": lr, "loss": mean,
+                   "images_per_s": round(self.speed, 1)})  # fmt: skip
+
+
+def train_epoch(
+    run: Run, at: Position, *, show: Show, after_step: Callable[[Window], None]
+) -> EpochRecord:
+    """The rest of the current epoch, or less if the run's last step is reached.
 
     Args:
         run: What the steps are made with.
-        epoch: Number of this epoch, from 1.
-        step: Steps taken before.
+        at: Where the run is; kept up to date.
         show: Told the step and a line of text now and then.
+        after_step: Called after each step; it may save, or raise to stop.
 
     Raises:
-        NotFiniteError: A loss is NaN or infinite.
+        DivergedError: A loss is not finite, or explodes.
         DataError: There is no batch, or labels do not fit.
         TrainingError: The model or teacher does not return logits of the same classes.
     """
-    accelerator, optimizer = run.accelerator, run.optimizer
-    run.student.train()
-    first, images_seen, loss_sum, lr = step, 0, 0.0, 0.0
-    unchecked: list[tuple[int, float, Tensor]] = []
-    began = time.perf_counter()
-
-    def check() -> float:
-        """Fetch the losses since the last check; this is the only place that waits for them."""
-        losses = accelerator.reduce(torch.stack([loss for *_, loss in unchecked]), "mean").tolist()
-        for (at, rate, _), loss in zip(unchecked, losses, strict=True):
-            if not math.isfinite(loss):
-                raise NotFiniteError(f"The loss is {loss}", at, epoch, rate)
-        unchecked.clear()
-        speed = images_seen * accelerator.num_processes / (time.perf_counter() - began)
-        mean = sum(losses) / len(losses)
-        show(step, f"epoch {epoch}  {speed:.0f} images/s  loss {mean:.4f}")
-        run.write({"kind": "step", "step": step, "epoch": epoch, "lr": lr, "loss": mean,
-               "images_per_s": round(speed, 1)})  # fmt: skip
-        return math.fsum(losses)
-
-    for batch in read(run.loader):
-        images, labels = split_batch(batch)
-        lr = optimizer.param_groups[0]["lr"]
-        loss = _loss(run, images, labels, first=step == 0)
-        accelerator.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-        run.scheduler.step_update(step)
-        images_seen += len(images)
-        unchecked.append((step, lr, loss.detach()))
-        if len(unchecked) == _STEPS_BETWEEN_CHECKS:
-            loss_sum += check()
-        if step == run.total:
+    run.objective.student.train()
+    window = Window(run, at, show)
+    batches = read(run.batches.start(at.epoch, at.batch)) if at.step < run.total else ()
+    for group in _grouped(batches, run.config.accumulate, rest=at.batch == 0):
+        if run.ramp is not None:
+            run.ramp.at(at.step)
+        set_rate(run.optimizer, run.scheduler, at.step, at.lr_factor)
+        at.lr = max(g["lr"] / g["lr_scale"] for g in run.optimizer.param_groups)
+        loss = train_step(run, group, at.step)
+        at.step, at.batch = at.step + 1, at.batch + len(group)
+        window.images += sum(_length(batch) for batch in group)
+        window.losses.append((at.step, at.lr, loss))
+        if at.step % run.config.log_every == 0:
+            window.close()
+        after_step(window)
+        if at.step >= run.total:
             break
-    if step == first:
+    window.close()
+    if not at.losses:
         raise DataError("There is no batch of training images in this epoch; give at least one.")
-    if unchecked:
-        loss_sum += check()
-    speed = images_seen * accelerator.num_processes / (time.perf_counter() - began)
-    return EpochRecord(epoch, step, loss_sum / (step - first), lr, speed, None)
+    return EpochRecord(at.epoch, at.step, at.loss_sum / at.losses, at.lr, window.speed, None)
 
 
-def _loss(run: Run, images: Tensor, labels: Tensor | None, *, first: bool) -> Tensor:
-    config, accelerator, teacher = run.config, run.accelerator, run.teacher
-    if labels is None and (teacher is None or config.kd_weight < 1):
-        raise DataError(
-            "A batch has no labels. Give (images, labels), or a teacher and kd_weight=1."
-        )
-    memory_format = torch.channels_last if config.channels_last else torch.preserve_format
-    images = images.to(accelerator.device, memory_format=memory_format, non_blocking=True)
-    logits = logits_of(run.student, images)
-    if labels is not None and (first or labels.device.type == "cpu"):
-        check_labels(labels, logits)
-    teacher_logits = None
-    if teacher is not None and config.kd_weight > 0:
-        with torch.no_grad(), accelerator.autocast():
-            teacher_logits = logits_of(teacher, images)
-        if teacher_logits.shape != logits.shape:
-            raise TrainingError(
-                f"The teacher gives {teacher_logits.shape[1]} classes and the model "
-                f"{logits.shape[1]}. Give a teacher for the same classes, or none."
-            )
-    return recovery_loss(
-        logits,
-        None if labels is None else labels.to(accelerator.device, non_blocking=True),
-        teacher_logits,
-        temperature=config.temperature,
-        kd_weight=config.kd_weight,
-        label_smoothing=config.label_smoothing,
-    )
+def train_step(run: Run, batches: list[Any], step: int) -> Tensor:
+    """One step of the optimiser, from the gradients of all batches; their mean loss, on the device.
+
+    It draws from generators that are seeded for this step. Where the loader draws from them too
+    (see `TrainBatches`), they are put back: what it draws does not depend on the step.
+    """
+    accelerator, objective = run.accelerator, run.objective
+    total = torch.zeros((), device=accelerator.device)
+    with nullcontext() if run.batches.order is not None else keep_random_state():
+        seed_step(run.config.seed, step, accelerator.process_index)
+        for place, batch in enumerate(batches):
+            last = place == len(batches) - 1
+            with nullcontext() if last else accelerator.no_sync(objective.student):
+                loss = objective.loss(batch, first=step == 0) / len(batches)
+                accelerator.backward(loss)
+            total += loss.detach()
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    if run.ema is not None:
+        run.ema.update(run.model, step=step + 1)
+    return total
+
+
+def _grouped(batches: Iterable[Any], number: int, *, rest: bool) -> Iterator[list[Any]]:
+    """Lists of so many batches; a shorter rest only if it is all that there is, and `rest`."""
+    group: list[Any] = []
+    for batch in batches:
+        group.append(batch)
+        if len(group) == number:
+            yield group
+            group, rest = [], False
+    if group and rest:
+        yield group
+
+
+def _length(batch: Any) -> int:
+    return len(batch[0] if isinstance(batch, (list, tuple)) else batch)

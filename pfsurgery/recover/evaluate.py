@@ -61,8 +61,16 @@ def score(
     *,
     channels_last: bool = False,
     gather: Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]] | None = None,
+    each: Callable[[], None] | None = None,
 ) -> Accuracy:
-    """`evaluate` on an opened loader; `gather` joins logits and labels of several processes.
+    """`evaluate` on an opened loader.
+
+    Args:
+        model: As for `evaluate`.
+        loader: Batches of (images, labels).
+        channels_last: Whether to put the images in that memory format.
+        gather: Joins logits and labels of several processes.
+        each: Called before each batch; it may raise to stop.
 
     Raises:
         DataError: There is no labelled image.
@@ -77,6 +85,8 @@ def score(
     with keep_random_state(), keep_train_flags(model), torch.no_grad():
         model.eval()
         for batch in read(loader):
+            if each is not None:
+                each()
             images, labels = split_batch(batch)
             if labels is None:
                 raise DataError("Accuracy needs labels: give batches of (images, labels).")

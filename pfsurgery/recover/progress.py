@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
-
-from pfsurgery.errors import TrainingError
 
 Show = Callable[[int, str], None]
 Write = Callable[[dict[str, Any]], None]
@@ -29,18 +25,17 @@ def progress_bar(total: int, shown: bool | None) -> Iterator[Show]:
         MofNCompleteColumn,
         Progress,
         TextColumn,
-        TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.table import Column
 
     console = Console(stderr=True)
     visible = console.is_terminal if shown is None else shown
     columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
+        BarColumn(bar_width=10),
+        MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=7)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
     )
     with Progress(*columns, console=console, disable=not visible) as progress:
         task = progress.add_task("", total=total)
@@ -59,22 +54,3 @@ def tracked(items: Sequence[Item], what: str) -> Iterator[Item]:
         for place, item in enumerate(items):
             yield item
             show(place + 1, what)
-
-
-def json_lines(path: Path | None) -> Write:
-    """A function that appends a record as one JSON line to the file `path`, or does nothing.
-
-    Raises:
-        TrainingError: (the returned function) The line cannot be written.
-    """
-
-    def write(record: dict[str, Any]) -> None:
-        if path is None:
-            return
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise TrainingError(f"Could not write to the log {path}: {error}.") from error
-
-    return write

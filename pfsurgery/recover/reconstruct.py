@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from pfsurgery.attention import layout_of
 from pfsurgery.graph import view
 from pfsurgery.neighbours import neighbours_of_module
 from pfsurgery.ops.bottleneck import Bottleneck
@@ -28,10 +29,11 @@ def reconstruct(
     """Refit a converted model to its original, in place.
 
     Norm statistics are re-estimated. Then, in the order of execution, the pointwise layer that
-    reads each replaced site is solved again by ridge regression, with inputs from the converted
-    network and the original's outputs as targets; where a shortcut is added behind it, the target
-    is what the sum lacks, so that later layers correct earlier errors. At the end norms and
-    classifier are corrected where that brings the output closer to the original's.
+    reads each replaced site, or the output layer of what replaced an attention, is solved again by
+    ridge regression, with inputs from the converted network and the original's outputs as targets;
+    where a shortcut is added behind it, the target is what the sum lacks, so that later layers
+    correct earlier errors. At the end norms and classifier are corrected where that brings the
+    output closer to the original's.
 
     He, Zhang & Sun, ICCV 2017 (arXiv 1707.06168) refit after channel pruning in this way; the
     strength of the ridge is chosen by generalised cross-validation (Golub, Heath & Wahba 1979).
@@ -59,11 +61,11 @@ def reconstruct(
         started = time.perf_counter()
         name = _layer_behind(student, decision)
         if name is None:
-            why = "no pointwise layer reads this site"
+            why = _why_none(decision)
             done.append(Refit(decision.site.name, None, reason=why))
             tell(f"{decision.site.name}: not refitted, {why}")
             continue
-        twin = name.removesuffix(".pointwise")
+        twin = _twin(original, decision, name)
         around = neighbours_of_module(twin, seen)
         refit = refit_layer(student, original, decision.site.name, name, twin, around, batches)
         done.append(replace(refit, seconds=time.perf_counter() - started))
@@ -73,8 +75,27 @@ def reconstruct(
     return tuple(done)
 
 
+def _twin(original: nn.Module, decision: Decision, name: str) -> str:
+    """Path of the layer of the original whose outputs the layer `name` should give."""
+    layout = layout_of(original.get_submodule(decision.site.name))
+    return (
+        name.removesuffix(".pointwise") if layout is None else f"{decision.site.name}.{layout.proj}"
+    )
+
+
+def _why_none(decision: Decision) -> str:
+    if decision.site.kind != "attention":
+        return "no pointwise layer reads this site"
+    if decision.site.calls > 1:
+        return "it is called more than once"
+    return "the original never calls its output layer as a module"
+
+
 def _layer_behind(student: nn.Module, decision: Decision) -> str | None:
     site = decision.site
+    if site.kind == "attention":
+        called = site.calls == 1 and not site.module.endswith("MultiheadAttention")
+        return f"{site.name}.proj" if called else None
     module = student.get_submodule(site.name)
     if isinstance(module, Composite) and decision.pointwise:
         return f"{site.name}.pointwise" if site.geometry.groups == 1 else None

@@ -148,7 +148,9 @@ def _layer_moments(
                 {"x": (name, "input"), "out": (behind, "output"), "sum": (how.merge, "input")},
             )
             goal = capture(original, batch, {"sum": (how.merge, "input")})["sum"]
-            x, y = made["x"], corrected(goal, made["sum"] - made["out"], how)
+            shortcut = made["sum"] - made["out"]
+            x = made["x"]
+            y = corrected(goal, shortcut, how) if axis == 1 else goal - shortcut
         rows, goals = _rows(x, axis), _rows(y, axis)
         most = max(1, round(_POSITIONS * len(batch) / images))
         kept = sample_positions(len(rows), most, generator)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pfsurgery.errors import TrainingError
+from pfsurgery.files import write_atomically
 
 
 @contextmanager
@@ -83,18 +83,12 @@ def write_weights(weights: dict[str, Tensor], path: Path) -> None:
     """
     from safetensors.torch import save
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("wb") as file:
-            file.write(save(weights))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_atomically(path, save(weights))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise TrainingError(
             f"Could not write the weights to {path}: {error}. Weights written there earlier are "
-            f"intact. Free some space or choose another output folder."
+            f"intact. Make room or choose another output folder."
         ) from error
 
 

@@ -1,0 +1,199 @@
+"""What `scan` and `convert` do on all models of timm, torchvision and Hugging Face's vision.
+
+    python benchmarks/coverage.py --jobs 2
+    python benchmarks/coverage.py --only "timm/resnet*"
+
+Models are built without weights (on the meta device; the few whose control flow needs values are
+built for real) and run on one image of their own size. For each: sites found, checked against a
+count of the convolution calls that PyTorch's dispatcher sees; what `maxpool_all` and
+`maxpool_deep` convert; why the rest is kept; whether outputs keep their shapes and exactly the
+replaced convolutions are gone. A model takes one line of the state file, so a run that was stopped
+goes on where it was. At the end, the result file and docs/coverage.md are written, from all
+lines in the state file; `--report` does that alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from fnmatch import fnmatchcase
+from importlib.metadata import PackageNotFoundError, version
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from coverage_models import NotBuilt, build, catalogue, family
+from coverage_report import write_report
+from machine import describe
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pfsurgery
+from pfsurgery.errors import NoEffectWarning, NoSitesError
+from pfsurgery.graph import described
+from pfsurgery.plan import make_plan
+from pfsurgery.policy import get_policy
+
+RESULTS = Path(__file__).parent / "results"
+STATE = RESULTS / "coverage.partial.jsonl"
+POLICIES = ("maxpool_all", "maxpool_deep")
+
+
+class Convolutions(TorchDispatchMode):
+    """Counts the convolutions that reach the dispatcher, whoever calls them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spatial = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution.default:
+            self.spatial += prod(args[1].shape[2:]) > 1
+        return func(*args, **(kwargs or {}))
+
+
+def spatial_calls(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[int, Any]:
+    """How many convolutions with a kernel of more than one pixel run, and what comes out.
+
+    Of a model that runs on real values, ranks and types come out: how many boxes a detector finds
+    depends on its weights.
+    """
+    with torch.no_grad(), Convolutions() as seen:
+        output = described(model(*inputs))
+    on_meta = all(parameter.is_meta for parameter in model.parameters())
+    return seen.spatial, output if on_meta else _ranks(output)
+
+
+def _ranks(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _ranks(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_ranks(item) for item in value]
+    if isinstance(value, tuple) and isinstance(value[0], tuple):
+        return len(value[0]), value[1]
+    return value
+
+
+def examine(name: str) -> dict[str, Any]:
+    """One row of the results; an exception becomes its `error`."""
+    row: dict[str, Any] = {"model": name, "family": family(name)}
+    wall, cpu = time.perf_counter(), time.process_time()
+    try:
+        row |= _examine(name)
+    except NotBuilt as reason:
+        row["skipped"] = str(reason)
+    except NoSitesError:
+        row["sites"] = 0
+    except Exception:
+        row["error"] = traceback.format_exc(limit=-3)
+    row["seconds"] = round(time.perf_counter() - wall, 2)
+    row["cpu_seconds"] = round(time.process_time() - cpu, 2)
+    row["peak_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+    return row
+
+
+def _examine(name: str) -> dict[str, Any]:
+    warnings.simplefilter("ignore")
+    model, inputs = build(name)
+    sites = pfsurgery.scan(model, inputs)
+    calls, output = spatial_calls(model, inputs)
+    problems = []
+    found = sum(site.calls for site in sites)
+    if found != calls:
+        problems.append(f"{calls} spatial convolutions run, sites account for {found}")
+    plain = {
+        site.name
+        for site in sites
+        if set(site.geometry.stride) == {1}
+        and site.geometry.in_channels == site.geometry.out_channels
+    }
+    row: dict[str, Any] = {"sites": len(sites), "calls": calls, "plain": len(plain)}
+    for policy in POLICIES:
+        plan = make_plan(sites, get_policy(policy))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NoEffectWarning)
+            fast = pfsurgery.convert(model, plan, example=inputs)
+        left, after = spatial_calls(fast, inputs)
+        replaced = plan.replaced
+        expected = calls - sum(decision.site.calls for decision in replaced)
+        if left != expected:
+            problems.append(f"{policy}: {left} spatial convolutions left, not {expected}")
+        if after != output:
+            problems.append(f"{policy}: {output} became {after}")
+        reasons = Counter(d.reason for d in plan if not d.replaced)
+        row[policy] = {
+            "converted": len(replaced),
+            "plain": sum(decision.site.name in plain for decision in replaced),
+            "pointwise": sum(decision.pointwise for decision in replaced),
+            "kept": dict(sorted(reasons.items())),
+        }
+        if policy == "maxpool_all":
+            kept = [d for d in plan if not d.replaced and d.site.name in plain]
+            row["plain_kept"] = dict(Counter(d.reason for d in kept))
+        del fast
+    if problems:
+        row["problems"] = problems
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="*", help="a glob of models, as in timm/resnet*")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
+    parser.add_argument("--state", type=Path, default=STATE, help="finished models, one a line")
+    parser.add_argument("--again", action="store_true", help="forget what the state file holds")
+    parser.add_argument("--report", action="store_true", help="write what there is, run nothing")
+    args = parser.parse_args()
+    if args.again:
+        args.state.unlink(missing_ok=True)
+    wanted = [name for name in catalogue() if fnmatchcase(name, args.only)]
+    if not wanted:
+        sys.exit(f"No model matches {args.only!r}.")
+    done = _read(args.state)
+    todo = [name for name in wanted if name not in done and not args.report]
+    if todo:
+        _run(todo, done, args.jobs, args.state)
+    rows = [done[name] for name in catalogue() if name in done]
+    missing = len(catalogue()) - len(rows)
+    sys.modules.setdefault("coverage", None)  # type: ignore[arg-type]  # numba asks for the package
+    write_report(rows, missing, {**describe("cpu"), "versions": _versions()})
+
+
+def _run(todo: list[str], done: dict[str, dict[str, Any]], jobs: int, state: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    with (
+        context.Pool(jobs, torch.set_num_threads, (1,), maxtasksperchild=100) as pool,
+        state.open("a") as file,
+    ):
+        for count, row in enumerate(pool.imap(examine, todo), 1):
+            done[row["model"]] = row
+            print(json.dumps(row), file=file, flush=True)
+            trouble = row.get("error") or row.get("problems") or row.get("skipped") or ""
+            print(f"{count}/{len(todo)} {row['model']} {row['seconds']} s {trouble}", flush=True)
+
+
+def _read(state: Path) -> dict[str, dict[str, Any]]:
+    lines = state.read_text().splitlines() if state.is_file() else []
+    return {row["model"]: row for row in map(json.loads, lines)}
+
+
+def _versions() -> dict[str, str]:
+    found = {"torch": str(torch.__version__)}
+    for package in ("timm", "torchvision", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Files that are at all times the old or the new one, whole."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a crash, a kill or a full disk leaves either the old or the new one.
+
+    The content goes to a temporary file next to `path`, is flushed to the disk, and takes the place
+    of the old file in one step; the folder is flushed too, so that a power failure cannot undo it.
+
+    Raises:
+        OSError: It cannot be written; what stood at `path` before is intact.
+    """
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _flush_folder(path.parent)
+
+
+def remove_remains(folder: Path, pattern: str) -> None:
+    """Remove temporary files of writes of `pattern` that were killed."""
+    for remains in folder.glob(f".{pattern}.*"):
+        remains.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:  # some network file systems refuse it
+        pass
+    finally:
+        os.close(handle)

@@ -1,0 +1,117 @@
+"""The loss of a batch: labels, the teacher's logits, the teacher's blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pfsurgery.batches import split_batch
+from pfsurgery.errors import DataError, TrainingError
+from pfsurgery.recover.blocks import BlockMatch
+from pfsurgery.recover.config import FinetuneConfig
+from pfsurgery.recover.distill import recovery_loss
+from pfsurgery.recover.evaluate import check_labels, logits_of
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """Computes the loss of a batch.
+
+    Attributes:
+        student: The model, as prepared by the accelerator.
+        teacher: In eval mode, on the accelerator's device.
+        config: Settings.
+        accelerator: Accelerate's.
+        match: Watches the blocks of both, if they are to match.
+        classes: How many there are, if images are mixed; None if they are not.
+    """
+
+    student: nn.Module
+    teacher: nn.Module | None
+    config: FinetuneConfig
+    accelerator: Any
+    match: BlockMatch | None
+    classes: int | None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """While inside, the loss can be computed."""
+        with ExitStack() as stack:
+            if self.match is not None:
+                stack.enter_context(self.match.watching())
+            yield
+
+    def loss(self, batch: Any, *, first: bool) -> Tensor:
+        """The loss of a batch of images (N, C, H, W), with labels (N,) or without; a scalar.
+
+        Args:
+            batch: As a loader gives it.
+            first: Whether labels on a GPU are to be checked, which waits for it.
+
+        Raises:
+            DataError: There are no labels though they are needed, or they do not fit the model.
+            TrainingError: The model or teacher does not return logits of the same classes.
+        """
+        config, device = self.config, self.accelerator.device
+        images, labels = split_batch(batch)
+        uses_teacher = self.teacher is not None and config.kd_weight > 0
+        uses_labels = config.kd_weight < 1 or not uses_teacher
+        if labels is None and uses_labels:
+            raise DataError(
+                "A batch has no labels. Give (images, labels), or a teacher and kd_weight=1."
+            )
+        check = uses_labels and labels is not None and (first or labels.device.type == "cpu")
+        memory_format = torch.channels_last if config.channels_last else torch.preserve_format
+        images = images.to(device, memory_format=memory_format, non_blocking=True)
+        targets = None if labels is None else labels.to(device, non_blocking=True)
+        if self.classes is not None:
+            if labels is not None and check:
+                check_labels(labels, images.new_empty(len(images), self.classes))
+            images, mixed = self._mixed(images, targets, self.classes)
+            targets = None if targets is None else mixed
+        logits = logits_of(self.student, images)
+        if labels is not None and check:
+            check_labels(labels, logits)
+        teacher_logits = None
+        if self.teacher is not None and (uses_teacher or self.match is not None):
+            with torch.no_grad(), self.accelerator.autocast():
+                teacher_logits = logits_of(self.teacher, images)
+        if uses_teacher and teacher_logits is not None and teacher_logits.shape != logits.shape:
+            raise TrainingError(
+                f"The teacher gives {teacher_logits.shape[1]} classes and the model "
+                f"{logits.shape[1]}. Give a teacher for the same classes, or none."
+            )
+        loss = recovery_loss(
+            logits,
+            targets if uses_labels else None,
+            teacher_logits if uses_teacher else None,
+            temperature=config.temperature,
+            kd_weight=config.kd_weight,
+            label_smoothing=config.label_smoothing,
+        )
+        return loss if self.match is None else loss + config.match_weight * self.match.loss()
+
+    def _mixed(self, images: Tensor, labels: Tensor | None, classes: int) -> tuple[Tensor, Tensor]:
+        """Mixed images, and the targets (N, classes) that go with them."""
+        from timm.data import Mixup
+
+        if len(images) % 2:
+            raise DataError(
+                f"mixup and cutmix pair images, but a batch has {len(images)}; give batches of an "
+                f"even number."
+            )
+        if labels is None:
+            labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
+        mix = Mixup(
+            mixup_alpha=self.config.mixup,
+            cutmix_alpha=self.config.cutmix,
+            label_smoothing=0.0,  # the cross-entropy sees to it
+            num_classes=classes,
+        )
+        mixed: tuple[Tensor, Tensor] = mix(images.clone(), labels)
+        return mixed

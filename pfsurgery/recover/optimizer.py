@@ -1,0 +1,94 @@
+"""timm's optimisers and schedules, with rates of their own for what surgery changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from pfsurgery.errors import UnknownNameError, closest
+from pfsurgery.recover.blocks import changed_parameters
+from pfsurgery.recover.config import FinetuneConfig
+
+_FUSED = ("sgd", "adam", "adamw")  # torch's own, which have a fused step on every device
+
+
+def check_optimizer(config: FinetuneConfig) -> None:
+    """Raise an UnknownNameError where timm has no optimizer of that name."""
+    from timm.optim import list_optimizers
+
+    names = list_optimizers()
+    if config.optimizer.lower() not in names:
+        raise UnknownNameError(
+            f"timm has no optimizer {config.optimizer!r}. {closest(config.optimizer, names)}"
+        )
+
+
+def make_optimizer(model: nn.Module, config: FinetuneConfig) -> Any:
+    """An optimizer of timm's over `parameter_groups`."""
+    from timm.optim import create_optimizer_v2
+
+    fused = {"fused": True} if config.optimizer.lower() in _FUSED else {}
+    return create_optimizer_v2(
+        parameter_groups(model, config),
+        opt=config.optimizer,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        **fused,
+    )
+
+
+def parameter_groups(model: nn.Module, config: FinetuneConfig) -> list[dict[str, Any]]:
+    """Groups of parameters with `weight_decay` and `lr_scale`, which timm's schedules multiply by.
+
+    Biases, norms and what the model itself names (`no_weight_decay`) do not decay. `lr_scale` is
+    `layer_decay` to the power of the layer's distance from the output, as timm counts it, times
+    `changed_lr` in changed blocks.
+    """
+    from timm.optim import param_groups_layer_decay
+
+    exempt = getattr(model, "no_weight_decay", None)
+    changed = changed_parameters(model) if config.changed_lr != 1 else set()
+    faster = {id(parameter) for name, parameter in model.named_parameters() if name in changed}
+    groups: list[dict[str, Any]] = []
+    for group in param_groups_layer_decay(
+        model,
+        weight_decay=config.weight_decay,
+        no_weight_decay_list=exempt() if exempt is not None else (),
+        layer_decay=config.layer_decay,
+    ):
+        for factor in (1.0, config.changed_lr):
+            params = [p for p in group["params"] if (id(p) in faster) == (factor != 1)]
+            if params:
+                groups.append({**group, "params": params, "lr_scale": group["lr_scale"] * factor})
+            if config.changed_lr == 1:
+                break
+    return groups
+
+
+def make_schedule(
+    optimizer: Any, config: FinetuneConfig, *, total: int, steps_per_epoch: int
+) -> Any:
+    """A schedule of timm's, counting steps: warm-up, then a cosine to 0 or falls to a tenth."""
+    from timm.scheduler import create_scheduler_v2
+
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=config.schedule,
+        num_epochs=total,
+        decay_epochs=config.decay_epochs * steps_per_epoch,
+        decay_rate=0.1,
+        warmup_epochs=round(config.warmup * total),
+        warmup_lr=config.lr / 100,
+        step_on_epochs=False,
+        updates_per_epoch=1,
+    )
+    return scheduler
+
+
+def set_rate(optimizer: Any, scheduler: Any, step: int, factor: float) -> None:
+    """Set the learning rates of the next step, which is number `step` from 0."""
+    scheduler.step_update(step)
+    if factor != 1:
+        for group in optimizer.param_groups:
+            group["lr"] *= factor

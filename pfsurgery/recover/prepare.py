@@ -1,0 +1,115 @@
+"""What a run is made with: optimiser, schedule, averages, compiled models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from pfsurgery.errors import DataError, TrainingError, UnknownNameError, closest
+from pfsurgery.recover.blocks import BlockMatch
+from pfsurgery.recover.config import FinetuneConfig
+from pfsurgery.recover.epoch import Run
+from pfsurgery.recover.objective import Objective
+from pfsurgery.recover.optimizer import make_optimizer, make_schedule
+from pfsurgery.recover.order import TrainBatches
+from pfsurgery.recover.progress import Write
+from pfsurgery.recover.ramp import Ramp
+
+
+def build_run(
+    model: nn.Module,
+    teacher: nn.Module | None,
+    batches: TrainBatches,
+    config: FinetuneConfig,
+    accelerator: Any,
+    write: Write,
+) -> Run:
+    """Everything that steps are made with; the models must be on the accelerator's device."""
+    steps_per_epoch, total = _planned_steps(batches, config)
+    average = _average(model, config)
+    match = BlockMatch(model, teacher) if config.match_weight and teacher is not None else None
+    ramp = None
+    if config.ramp and teacher is not None:
+        ramp = Ramp(model, teacher, round(config.ramp * total))
+    student, optimizer = accelerator.prepare(model, make_optimizer(model, config))
+    return Run(
+        model=model,
+        objective=Objective(
+            _compiled(student, config),
+            None if teacher is None else _compiled(teacher, config),
+            config,
+            accelerator,
+            match,
+            _classes(model) if config.mixup or config.cutmix else None,
+        ),
+        batches=batches,
+        optimizer=optimizer,
+        scheduler=make_schedule(optimizer, config, total=total, steps_per_epoch=steps_per_epoch),
+        ema=average,
+        ramp=ramp,
+        config=config,
+        accelerator=accelerator,
+        total=total,
+        write=write,
+    )
+
+
+def _average(model: nn.Module, config: FinetuneConfig) -> Any:
+    """A moving average by timm, whose decay rises in the first steps; None without."""
+    if not config.ema:
+        return None
+    from timm.utils import ModelEmaV3
+
+    return ModelEmaV3(model, decay=config.ema, use_warmup=True)
+
+
+def _classes(model: nn.Module) -> int:
+    number = getattr(model, "num_classes", None)
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if isinstance(number, int) and number > 0:
+        return number
+    if linear:
+        return linear[-1].out_features
+    raise TrainingError(
+        "mixup and cutmix need the number of classes, which the model does not tell: set "
+        "model.num_classes."
+    )
+
+
+def check_backend(config: FinetuneConfig) -> None:
+    """Raise an UnknownNameError where `torch.compile` has no backend of that name."""
+    if config.compile == "no":
+        return
+    from torch._dynamo import list_backends
+
+    names = list_backends(exclude_tags=())
+    if config.compile not in names:
+        raise UnknownNameError(
+            f"torch.compile has no backend {config.compile!r}. {closest(config.compile, names)}"
+        )
+
+
+def _compiled(model: nn.Module, config: FinetuneConfig) -> nn.Module:
+    if config.compile == "no":
+        return model
+    compiled: Any = torch.compile(model, backend=config.compile)
+    return compiled  # type: ignore[no-any-return]
+
+
+def _planned_steps(batches: TrainBatches, config: FinetuneConfig) -> tuple[int, int]:
+    """Steps of one epoch and of all."""
+    try:
+        number = len(batches)
+    except TypeError:
+        if config.max_steps is None:
+            raise DataError(
+                "The training images have no length, so the learning rate cannot be planned; set "
+                "max_steps."
+            ) from None
+        return config.max_steps, config.max_steps
+    if not number:
+        raise DataError("There is no batch of training images; give at least one.")
+    steps = max(1, number // config.accumulate)
+    return steps, min(steps * config.epochs, config.max_steps or steps * config.epochs)

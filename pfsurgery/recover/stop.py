@@ -1,0 +1,54 @@
+"""Stopping in good order when a cluster asks for it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pfsurgery.errors import TrainingError
+
+
+class StoppedError(TrainingError):
+    """The run was asked to end (SIGTERM), and saved where it was.
+
+    Args:
+        checkpoint: What it saved, in words.
+    """
+
+    def __init__(self, checkpoint: str) -> None:
+        super().__init__(
+            f"Stopped on request; all is saved in {checkpoint}. Continue with --resume "
+            f"(resume=True in Python)."
+        )
+
+
+class StopRequest:
+    """Whether the run was asked to end."""
+
+    def __init__(self) -> None:
+        self.made = False
+
+
+@contextmanager
+def stop_on_sigterm(active: bool) -> Iterator[StopRequest]:
+    """While inside, SIGTERM only sets the request; afterwards it does what it did before.
+
+    Args:
+        active: If not, or in another thread than the main one, signals are left alone.
+    """
+    request = StopRequest()
+    if not active or threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+
+    def note(number: int, frame: Any) -> None:
+        request.made = True
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield request
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)

@@ -1,0 +1,380 @@
+"""One run of training: epochs, checkpoints, what happens when it diverges or is asked to stop."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from pfsurgery.errors import DataError, SurgeryError, TrainingError
+from pfsurgery.recover import logs, snapshot
+from pfsurgery.recover.config import EpochRecord, FinetuneConfig
+from pfsurgery.recover.config_file import write_config
+from pfsurgery.recover.epoch import DivergedError, Run, Window, train_epoch
+from pfsurgery.recover.evaluate import Accuracy, score
+from pfsurgery.recover.give_back import give_back
+from pfsurgery.recover.norms import recalibrate
+from pfsurgery.recover.order import TrainBatches, spreads_itself
+from pfsurgery.recover.prepare import build_run
+from pfsurgery.recover.progress import Show, Write, progress_bar
+from pfsurgery.recover.snapshot import Position
+from pfsurgery.recover.state import copy_weights, non_finite, restore_weights, write_weights
+from pfsurgery.recover.stop import StoppedError, StopRequest
+
+_log = logging.getLogger(__name__)
+
+BEST = "best.safetensors"
+FINAL = "final.safetensors"
+_CONFIG = "config.yaml"
+_MOST_ROLL_BACKS = 5
+
+
+class Training:
+    """One call of `finetune`: the models, where the run is, and where it is saved."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: nn.Module | None,
+        config: FinetuneConfig,
+        accelerator: Any,
+        folder: Path | None,
+    ) -> None:
+        self.model, self.teacher, self.config = model, teacher, config
+        self.accelerator, self.folder = accelerator, folder
+        self.main = bool(accelerator.is_main_process)
+        self.at = Position()
+        self.val: Iterable[Any] | None = None
+        self.write: Write = lambda record: None
+        self.run: Run | None = None
+        self.good: dict[str, Tensor] = {}
+        self.weights = None if folder is None else folder / BEST
+
+    @contextmanager
+    def prepared(
+        self, train: Iterable[Any], val: Iterable[Any] | None, resume: bool
+    ) -> Iterator[Run]:
+        """Everything that steps are made with; the newest checkpoint is loaded if wanted."""
+        model, teacher, config, accelerator = (
+            self.model, self.teacher, self.config, self.accelerator,
+        )  # fmt: skip
+        if config.channels_last:
+            model.to(memory_format=torch.channels_last)
+        model.to(accelerator.device)
+        model.train()
+        if teacher is not None:
+            teacher.to(accelerator.device).eval()
+        path = snapshot.newest(self.folder) if resume and self.folder is not None else None
+        saved = None if path is None else snapshot.read_snapshot(path)
+        if saved is not None:
+            snapshot.check_same(config, accelerator.num_processes, saved)
+            self.at = Position.from_dict(saved["position"])
+        self._open_logs(saved is None)
+
+        batches = TrainBatches(train, seed=config.seed, accelerator=accelerator)
+        self.val = None if val is None else _spread(val, accelerator)
+        self.run = run = build_run(model, teacher, batches, config, accelerator, self.write)
+        self.good = copy_weights(run.result)
+        if saved is not None:
+            self._load(run, saved)
+        else:
+            self.write({"kind": "start", "steps": run.total, "config": asdict(config)})
+        with ExitStack() as stack:
+            stack.enter_context(run.objective.watching())
+            if run.ramp is not None:
+                stack.enter_context(run.ramp.blending())
+            yield run
+
+    def train(self, run: Run, stop: StopRequest, progress: bool | None) -> None:
+        """Train until the last step, with a checkpoint and an accuracy after each epoch."""
+        if self.val is not None and self.teacher is not None and self.at.teacher is None:
+            self.at.teacher = self._accuracy(self.teacher, lambda: None)
+            self.write({"kind": "teacher", "val": asdict(self.at.teacher)})
+        if self.config.on_divergence == "roll_back" and self.at.step == 0:
+            self.save(run)
+        with progress_bar(run.total, progress) as show:
+            show(self.at.step, "")
+            while self.at.step < run.total or self.at.batch:
+                try:
+                    self._epoch(run, stop, show)
+                except DivergedError as diverged:
+                    self._diverged(run, diverged)
+                except StoppedError:
+                    raise
+                except SurgeryError:
+                    restore_weights(self.model, self.good)
+                    raise
+
+    def _epoch(self, run: Run, stop: StopRequest, show: Show) -> None:
+        config, at = self.config, self.at
+        beside = "" if at.teacher is None else f" (teacher {at.teacher.top1:.1f})"
+        reached = at.history[-1].val if at.history else None
+        accuracy = "" if reached is None else f"  top-1 {reached.top1:.1f}{beside}"
+        told = f"{accuracy}  epoch {at.epoch}"
+
+        def after_step(window: Window) -> None:
+            due = config.save_every is not None and at.step % config.save_every == 0
+            asked = self._asked(stop, at.step)
+            if due or asked:
+                window.close()
+                path = self.save(run)
+                if asked:
+                    raise _stopped(path)
+
+        record = train_epoch(
+            run, at, show=lambda step, text: show(step, text + told), after_step=after_step
+        )
+        if self.val is not None:
+            try:
+                val = self._accuracy(run.result, lambda: self._stop_if_asked(run, stop))
+            finally:
+                run.objective.student.train()
+            record = replace(record, val=val)
+        weights = copy_weights(run.result)
+        self._check_finite(record, weights)
+        if record.val is None or at.best is None or record.val.top1 >= at.best.top1:
+            self.good, at.best = weights, record.val
+            if self.folder is not None and self.main:
+                write_weights(weights, self.folder / BEST)
+        at.history.append(record)
+        at.next_epoch()
+        self.write({"kind": "epoch", **asdict(record)})
+        if self.folder is not None:
+            if self.main:
+                logs.write_epochs(self.folder / logs.EPOCHS, at.history)
+            self.save(run)
+        _log.info("epoch %d: %s", record.epoch, record)
+
+    def finish(self) -> tuple[Accuracy | None, tuple[str, ...]]:
+        """Hand over the average, re-estimate norms, give blocks back; the accuracy of all that."""
+        assert self.run is not None
+        config, run = self.config, self.run
+        last = self.at.history[-1].val
+        if run.ema is not None:
+            restore_weights(self.model, copy_weights(run.ema.module))
+        given_back: tuple[str, ...] = ()
+        if config.norm_images:
+            self._estimate_norms(run)
+            if self.val is not None:
+                last = self._accuracy(self.model, lambda: None)
+            if last is None or self.at.best is None or last.top1 >= self.at.best.top1:
+                self._keep_final(last)
+        if config.max_drop is not None and self.teacher is not None and self.at.teacher is not None:
+            restore_weights(self.model, self.good)
+            last = self.at.best
+            assert last is not None
+            given_back, last = give_back(
+                self.model,
+                self.teacher,
+                lambda: self._accuracy(self.model, lambda: None),
+                now=last,
+                wanted=self.at.teacher.top1 - config.max_drop,
+            )
+            if given_back:
+                self._keep_final(last)
+        self.write(
+            {
+                "kind": "end",
+                "step": self.at.step,
+                "val": None if last is None else asdict(last),
+                "given_back": given_back,
+            }
+        )
+        return last, given_back
+
+    def _keep_final(self, accuracy: Accuracy | None) -> None:
+        """What was made of the trained weights is the best; those stay, for a continued run."""
+        self.good, self.at.best = copy_weights(self.model), accuracy
+        if self.folder is not None:
+            self.weights = self.folder / FINAL
+            if self.main:
+                write_weights(self.good, self.weights)
+
+    def save(self, run: Run) -> Path | None:
+        """Write a checkpoint and remove old ones; all processes wait for it."""
+        if self.folder is None:
+            return None
+        path = None
+        weights = self.model.state_dict()
+        if name := non_finite({k: v for k, v in weights.items() if isinstance(v, Tensor)}):
+            raise DivergedError(
+                f"The weight {name} is no longer finite", self.at.step, self.at.epoch, self.at.lr
+            )
+        if self.main:
+            scaler = self.accelerator.scaler
+            path = snapshot.write_snapshot(
+                self.folder,
+                {
+                    "config": asdict(self.config),
+                    "processes": self.accelerator.num_processes,
+                    "position": self.at.to_dict(),
+                    "model": weights,
+                    "ema": None if run.ema is None else run.ema.module.state_dict(),
+                    "optimizer": run.optimizer.state_dict(),
+                    "scaler": None if scaler is None else scaler.state_dict(),
+                },
+                step=self.at.step,
+                total=run.total,
+            )
+            snapshot.prune(self.folder, self.config.keep_last)
+        self.accelerator.wait_for_everyone()
+        return path
+
+    def _load(self, run: Run, saved: dict[str, Any]) -> None:
+        from safetensors.torch import load_file
+
+        self.at = Position.from_dict(saved["position"])
+        _load_state(self.model, saved["model"])
+        if run.ema is not None:
+            _load_state(run.ema.module, saved["ema"])
+        run.optimizer.load_state_dict(saved["optimizer"])
+        if saved["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
+        best = None if self.folder is None else self.folder / BEST
+        if self.at.history and best is not None and best.exists():
+            self.good = load_file(best)
+
+    def _diverged(self, run: Run, diverged: DivergedError) -> None:
+        """Go back to the newest checkpoint, or raise."""
+        config, at = self.config, self.at
+        self.write(
+            {
+                "kind": "diverged",
+                "step": diverged.step,
+                "lr": diverged.lr,
+                "reason": diverged.reason,
+            }
+        )
+        if config.on_divergence == "roll_back" and at.roll_backs < _MOST_ROLL_BACKS:
+            assert self.folder is not None
+            path = snapshot.newest(self.folder)
+            assert path is not None
+            count, factor = at.roll_backs + 1, at.lr_factor / 2
+            self._load(run, snapshot.read_snapshot(path))
+            self.at.roll_backs, self.at.lr_factor = count, factor
+            self.write({"kind": "rolled back", "step": self.at.step, "lr_factor": factor})
+            _log.warning(
+                "%s at step %d: back to step %d, with %g times the learning rate.",
+                diverged.reason, diverged.step, self.at.step, factor,
+            )  # fmt: skip
+            return
+        restore_weights(self.model, self.good)
+        where = "its starting weights" if not at.history else "the best weights so far"
+        if at.history and self.folder is not None:
+            where += f", which are also in {self.folder / BEST}"
+        tried = f" after {at.roll_backs} roll-backs" if at.roll_backs else ""
+        raise TrainingError(
+            f"{diverged.reason} at step {diverged.step} of {run.total} (epoch {diverged.epoch})"
+            f"{tried}, with a learning rate of {diverged.lr:.3g}. The model was set back to "
+            f"{where}. Try a lower lr, a longer warmup, or mixed_precision='no'."
+        ) from None
+
+    def _asked(self, stop: StopRequest, step: int | None = None) -> bool:
+        """Whether any process was asked to stop; with several, they agree at lines of the log."""
+        if self.accelerator.num_processes == 1:
+            return stop.made
+        if step is not None and step % self.config.log_every:
+            return False
+        made = torch.tensor(float(stop.made), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(made, "sum") > 0)
+
+    def _stop_if_asked(self, run: Run, stop: StopRequest) -> None:
+        if self._asked(stop):
+            raise _stopped(self.save(run))
+
+    def _accuracy(self, model: nn.Module, each: Callable[[], None]) -> Accuracy:
+        accelerator = self.accelerator
+        gather = accelerator.gather_for_metrics if accelerator.num_processes > 1 else None
+        assert self.val is not None
+        if gather is not None:
+            _same_buffers(model)
+        with accelerator.autocast():
+            return score(
+                model,
+                self.val,
+                channels_last=self.config.channels_last,
+                gather=gather,
+                each=each,
+            )
+
+    def _estimate_norms(self, run: Run) -> None:
+        images: list[Tensor] = []
+        for batch in run.batches.start(self.at.epoch, 0):
+            images.append(batch[0] if isinstance(batch, (list, tuple)) else batch)
+            if sum(map(len, images)) * self.accelerator.num_processes >= self.config.norm_images:
+                break
+        recalibrate(self.model, images)
+        if self.accelerator.num_processes > 1:
+            _same_buffers(self.model)
+
+    def _check_finite(self, record: EpochRecord, weights: dict[str, Tensor]) -> None:
+        reason = None
+        if name := non_finite(weights):
+            reason = f"The weight {name} is no longer finite"
+        elif record.val is not None and not math.isfinite(record.val.loss):
+            reason = f"The validation loss is {record.val.loss}"
+        if reason is not None:
+            raise DivergedError(reason, record.step, record.epoch, record.lr)
+
+    def _open_logs(self, anew: bool) -> None:
+        folder = self.folder
+        if folder is None or not self.main:
+            return
+        if anew:
+            snapshot.remove_all(folder)
+            (folder / logs.LOG).unlink(missing_ok=True)
+        else:
+            logs.cut_log(folder / logs.LOG, self.at.step)
+        write_config(self.config, folder / _CONFIG)
+        lines = logs.json_lines(folder / logs.LOG)
+        board = logs.board(folder / logs.BOARD, self.at.step)
+
+        def write(record: dict[str, Any]) -> None:
+            lines(record)
+            board(record)
+
+        self.write = write
+
+
+def _stopped(path: Path | None) -> StoppedError:
+    return StoppedError("a checkpoint" if path is None else str(path))
+
+
+def _spread(loader: Any, accelerator: Any) -> Any:
+    if spreads_itself(loader):
+        return loader
+    if isinstance(loader, DataLoader):
+        return accelerator.prepare_data_loader(loader)
+    if accelerator.num_processes > 1:
+        raise DataError(
+            f"A {type(loader).__name__} of batches cannot be spread over "
+            f"{accelerator.num_processes} processes; give a DataLoader, a Dataset or a path."
+        )
+    return loader
+
+
+def _load_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise TrainingError(
+            f"The checkpoint is of another model: {' '.join(lines[1:2])} Give the model that the "
+            f"run began with."
+        ) from None
+
+
+def _same_buffers(model: nn.Module) -> None:
+    """Every process takes over the buffers (norm statistics) of the first."""
+    from accelerate.utils import broadcast
+
+    for buffer in model.buffers():
+        buffer.copy_(broadcast(buffer))

@@ -1,0 +1,367 @@
+"""What is particular to surgery: matched blocks, ramps, rates of changed sites, giving back."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import pfsurgery
+from pfsurgery.data import digits
+from pfsurgery.errors import DataError, TrainingError, UnknownNameError
+from pfsurgery.recover import FinetuneConfig, evaluate, finetune
+from pfsurgery.recover.blocks import BlockMatch, changed_blocks, changed_parameters
+from pfsurgery.recover.give_back import give_back
+from pfsurgery.recover.optimizer import parameter_groups
+from pfsurgery.recover.ramp import Ramp
+
+IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def pair(policy: str = "maxpool_deep", name: str = "resnet26d") -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    small = {"channels": [16, 32, 64, 128]} if name == "resnet26d" else {}
+    original = timm.create_model(name, num_classes=10, **small).eval()
+    return original, pfsurgery.convert(original, policy, example=IMAGES[:1])
+
+
+def few(number: int = 96, part: str = "train") -> TensorDataset:
+    return TensorDataset(*(tensor[:number] for tensor in getattr(digits(), part).tensors))
+
+
+@pytest.fixture(scope="module")
+def trained() -> nn.Module:
+    """A network that knows its digits."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_convnext", num_classes=10)
+    finetune(model, train=digits().train, config=FinetuneConfig(epochs=4, lr=3e-3))
+    return model.eval()
+
+
+def test_blocks_are_residual_branches_or_sites_with_their_tails():
+    _, fast = pair("maxpool_all")
+    blocks = {block.output: block for block in changed_blocks(fast)}
+    assert blocks["layer1.0"].modules == ("layer1.0",)
+    assert blocks["conv1.5"].modules == ("conv1.3", "conv1.4", "conv1.5")
+    names = changed_parameters(fast)
+    assert "layer1.0.conv1.weight" in names
+    assert "fc.weight" not in names
+    assert changed_blocks(timm.create_model("test_resnet")) == ()
+
+
+def test_the_match_is_the_normalised_error_of_block_outputs():
+    original, fast = pair()
+    with BlockMatch(fast, original).watching() as match, torch.no_grad():
+        fast.eval()(IMAGES)
+        original(IMAGES)
+        loss = match.loss()
+    outputs: dict[str, list[Tensor]] = {block.output: [] for block in changed_blocks(fast)}
+    for model in (fast, original):
+        handles = [
+            model.get_submodule(path).register_forward_hook(
+                lambda _, __, out, path=path: outputs[path].append(out)
+            )
+            for path in outputs
+        ]
+        with torch.no_grad():
+            model(IMAGES)
+        for handle in handles:
+            handle.remove()
+    errors = [(s - t).pow(2).sum() / t.pow(2).sum() for s, t in outputs.values()]
+    assert float(loss) == pytest.approx(float(sum(errors) / len(errors)), rel=1e-5)
+    assert not any(m._forward_hooks for m in fast.modules())
+
+
+def test_a_model_matches_itself():
+    original, fast = pair()
+    with BlockMatch(fast, fast).watching() as match, torch.no_grad():
+        fast.eval()(IMAGES)
+        assert float(match.loss()) == 0
+    del original
+
+
+def test_matching_brings_blocks_nearer(trained):
+    fast = pfsurgery.convert(trained, "maxpool_deep", example=IMAGES[:1])
+
+    def error(model: nn.Module) -> float:
+        with BlockMatch(model, trained).watching() as match, torch.no_grad():
+            model.eval()(digits().val.tensors[0][:64])
+            trained(digits().val.tensors[0][:64])
+            return float(match.loss())
+
+    before, config = error(fast), FinetuneConfig(max_steps=30, match_weight=10.0, lr=3e-3)
+    finetune(fast, train=digits().train, teacher=trained, config=config)
+    assert error(fast) < 0.7 * before
+
+
+def test_a_ramp_begins_with_the_original():
+    for policy in ("maxpool_all", "eff_max"):
+        original, fast = pair(policy)
+        for module in fast.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.0
+        ramp = Ramp(fast, original, steps=10)
+        with ramp.blending(), torch.no_grad():
+            ramp.at(0)
+            fast.eval()
+            for site in pfsurgery.record(fast).plans[-1].replaced:
+                fast.get_submodule(site.site.name).train()
+            assert torch.allclose(fast(IMAGES), original(IMAGES), atol=1e-4)
+            ramp.at(10)
+            fast.eval()
+            end = fast(IMAGES)
+        assert torch.equal(end, fast(IMAGES))
+
+
+def test_a_ramp_leaves_nothing_behind(trained):
+    fast = pfsurgery.convert(trained, "maxpool_deep", example=IMAGES[:1])
+    keys = list(fast.state_dict())
+    config = FinetuneConfig(max_steps=4, ramp=1.0, batch_size=32)
+    finetune(fast, train=few(), teacher=trained, config=config)
+    assert list(fast.state_dict()) == keys
+    assert not any(m._forward_hooks for m in (*fast.modules(), *trained.modules()))
+    assert all(p.requires_grad and p.grad is None for p in trained.parameters())
+
+
+def test_rates_of_changed_sites_and_layers():
+    original, fast = pair()
+    config = FinetuneConfig(changed_lr=5.0, layer_decay=0.5)
+    names = {id(p): name for name, p in fast.named_parameters()}
+    changed = changed_parameters(fast)
+    groups = parameter_groups(fast, config)
+    seen = [id(p) for group in groups for p in group["params"]]
+    assert sorted(seen) == sorted(names)
+    plain = {
+        id(p): group["lr_scale"]
+        for group in parameter_groups(fast, FinetuneConfig(layer_decay=0.5))
+        for p in group["params"]
+    }
+    for group in groups:
+        for p in group["params"]:
+            factor = 5.0 if names[id(p)] in changed else 1.0
+            assert group["lr_scale"] == pytest.approx(factor * plain[id(p)])
+            assert (group["weight_decay"] == 0) == (p.ndim <= 1)
+    assert plain[id(fast.fc.weight)] == 1.0
+    assert plain[id(next(fast.conv1.parameters()))] < 0.1
+    del original
+
+
+def test_changed_sites_move_further():
+    def moved(factor: float) -> float:
+        _, fast = pair()
+        before = fast.layer4[0].conv1.weight.detach().clone()
+        config = FinetuneConfig(
+            optimizer="sgd", lr=1e-3, changed_lr=factor, batch_size=32, max_steps=1, warmup=0.0
+        )
+        finetune(fast, train=few(), config=config)
+        return float((fast.layer4[0].conv1.weight.detach() - before).norm())
+
+    assert moved(4.0) == pytest.approx(4 * moved(1.0), rel=1e-3)
+
+
+def test_the_average_is_what_is_kept(trained):
+    fast = pfsurgery.convert(trained, "maxpool_deep", example=IMAGES[:1])
+    plain, averaged = copy.deepcopy(fast), copy.deepcopy(fast)
+    settings = {"max_steps": 8, "batch_size": 32, "lr": 3e-3}
+    finetune(plain, train=few(), config=FinetuneConfig(**settings))
+    val = few(64, "val")
+    config = FinetuneConfig(**settings, ema=0.9)
+    result = finetune(averaged, train=few(), val=val, config=config)
+    assert not torch.equal(plain.head.fc.weight, averaged.head.fc.weight)
+    assert evaluate(averaged, val, batch_size=32) == result.last
+    distance = (averaged.head.fc.weight - fast.head.fc.weight).norm()
+    assert 0 < distance < (plain.head.fc.weight - fast.head.fc.weight).norm()
+
+
+def test_accumulated_batches_are_one_large_batch():
+    def weights(batch_size: int, accumulate: int) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = timm.create_model("test_convnext", num_classes=10)
+        config = FinetuneConfig(
+            batch_size=batch_size, accumulate=accumulate, max_steps=3, optimizer="sgd", lr=0.1
+        )
+        finetune(model, train=few(), config=config)
+        return model.state_dict()
+
+    large, small = weights(32, 1), weights(8, 4)
+    assert all(torch.allclose(large[name], small[name], atol=1e-6) for name in large)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mixup": 0.5},
+        {"cutmix": 1.0},
+        {"mixup": 0.5, "cutmix": 1.0, "label_smoothing": 0.1, "kd_weight": 0.0},
+        {"mixup": 0.5, "kd_weight": 1.0},
+        {"schedule": "step", "decay_epochs": 1, "epochs": 2},
+        {"optimizer": "lamb"},
+    ],
+)
+def test_settings_of_timms_recipes_train(trained, settings):
+    fast = pfsurgery.convert(trained, "maxpool_deep", example=IMAGES[:1])
+    config = FinetuneConfig(**{"batch_size": 32, "epochs": 1, **settings})
+    result = finetune(fast, train=few(), teacher=trained, config=config)
+    assert 0 < result.history[-1].loss < 20
+
+
+def test_the_step_schedule_falls_to_a_tenth():
+    torch.manual_seed(0)
+    model = timm.create_model("test_convnext", num_classes=10)
+    config = FinetuneConfig(
+        schedule="step", decay_epochs=1, epochs=3, batch_size=32, warmup=0.0, lr=0.01
+    )
+    result = finetune(model, train=few(), config=config)
+    assert [entry.lr for entry in result.history] == pytest.approx([0.01, 0.001, 0.0001])
+
+
+def test_compiled_models_train_as_the_others_do(trained):
+    def loss(backend: str) -> float:
+        fast = pfsurgery.convert(trained, "maxpool_deep", example=IMAGES[:1])
+        config = FinetuneConfig(batch_size=32, max_steps=3, compile=backend, match_weight=1.0)
+        result = finetune(fast, train=few(), teacher=trained, config=config)
+        assert type(fast).__name__ == "ConvNeXt"
+        return result.history[-1].loss
+
+    assert loss("eager") == pytest.approx(loss("no"), rel=1e-4)
+    with pytest.raises(UnknownNameError, match="inductor"):
+        loss("inducter")
+
+
+def test_norms_are_re_estimated_at_the_end():
+    original, fast = pair()
+    without = copy.deepcopy(fast)
+    settings = {"batch_size": 32, "max_steps": 2}
+    finetune(without, train=few(), teacher=original, config=FinetuneConfig(**settings))
+    config = FinetuneConfig(**settings, norm_images=64)
+    result = finetune(fast, train=few(), val=few(64, "val"), teacher=original, config=config)
+    assert not torch.equal(fast.bn1.running_mean, without.bn1.running_mean)
+    assert torch.equal(fast.fc.weight, without.fc.weight)
+    assert result.last == evaluate(fast, few(64, "val"), batch_size=32)
+
+
+def test_blocks_are_given_back_until_it_is_enough(trained):
+    fast = pfsurgery.convert(trained, "maxpool_all", example=IMAGES[:1])
+    val = few(128, "val")
+    goal = evaluate(trained, val).top1
+    config = FinetuneConfig(max_steps=2, lr=1e-6, max_drop=2.0)
+    result = finetune(fast, train=digits().train, val=val, teacher=trained, config=config)
+    assert result.given_back
+    assert result.last is not None
+    assert result.last.top1 >= goal - 2.0
+    assert result.last == evaluate(fast, val)
+    plan = pfsurgery.record(fast).plans[-1]
+    for name in result.given_back:
+        assert isinstance(fast.get_submodule(name), nn.Conv2d)
+        assert "given back" in plan[name].reason
+        assert not plan[name].replaced
+
+
+def test_a_run_that_gave_blocks_back_can_be_continued(trained, tmp_path):
+    val = few(64, "val")
+    config = FinetuneConfig(
+        max_steps=2, batch_size=32, lr=1e-6, max_drop=5.0, norm_images=64, save_every=1
+    )
+    ends = []
+    for _ in range(2):
+        fast = pfsurgery.convert(trained, "maxpool_all", example=IMAGES[:1])
+        result = finetune(
+            fast, train=few(), val=val, teacher=trained, config=config, out=tmp_path, resume=True
+        )
+        assert result.given_back
+        assert result.weights == tmp_path / "final.safetensors"
+        fast.load_state_dict(load_file(result.weights))
+        ends.append((result.given_back, result.last, fast.state_dict()))
+    assert ends[0][:2] == ends[1][:2]
+    assert all(torch.equal(ends[0][2][name], value) for name, value in ends[1][2].items())
+
+
+def test_nothing_is_given_back_within_bounds(trained):
+    fast = pfsurgery.convert(trained, "maxpool_deep", example=IMAGES[:1])
+    config = FinetuneConfig(max_steps=2, max_drop=100.0)
+    val = few(64, "val")
+    result = finetune(fast, train=few(), val=val, teacher=trained, config=config)
+    assert result.given_back == ()
+
+
+def test_a_bound_that_cannot_be_met_is_said(trained, caplog):
+    fast = pfsurgery.convert(trained, "maxpool_deep", example=IMAGES[:1])
+    val = few(64, "val")
+    with caplog.at_level(logging.WARNING):
+        names, now = give_back(
+            fast, trained, lambda: evaluate(fast, val), now=evaluate(fast, val), wanted=101.0
+        )
+    assert "no block that is given back brings more" in caplog.text
+    assert now == evaluate(fast, val)
+    saved = {d.site.name for d in pfsurgery.record(fast).plans[-1].replaced}
+    assert not saved & set(names)
+
+
+def test_a_model_with_blocks_given_back_is_saved(trained, tmp_path):
+    fast = pfsurgery.convert(trained, "maxpool_all", example=IMAGES[:1])
+    val = few(128, "val")
+    names, _ = give_back(
+        fast, trained, lambda: evaluate(fast, val), now=evaluate(fast, val), wanted=95.0
+    )
+    assert names
+    pfsurgery.save(fast, tmp_path)
+    again = pfsurgery.load(tmp_path, base=copy.deepcopy(trained))
+    with torch.no_grad():
+        assert torch.equal(again(IMAGES), fast.eval()(IMAGES))
+
+
+def test_the_figure(trained, tmp_path):
+    fast = pfsurgery.convert(trained, "maxpool_deep", example=IMAGES[:1])
+    config = FinetuneConfig(epochs=3, batch_size=32)
+    result = finetune(fast, train=few(), val=few(64, "val"), teacher=trained, config=config)
+    assert result.teacher == evaluate(trained, few(64, "val"), batch_size=32)
+    result.figure(tmp_path / "curve.png")
+    with Image.open(tmp_path / "curve.png") as image:
+        assert image.width > 1000
+
+
+@pytest.mark.parametrize("name", ["match_weight", "ramp", "max_drop"])
+def test_what_needs_a_teacher_or_a_site_says_so(name):
+    model = timm.create_model("test_convnext", num_classes=10)
+    config = FinetuneConfig(**{name: 0.5})
+    with pytest.raises(TrainingError, match="needs a teacher"):
+        finetune(model, train=few(), val=few(), config=config)
+    if name != "max_drop":
+        with pytest.raises(TrainingError, match="no replaced site"):
+            finetune(model, train=few(), teacher=copy.deepcopy(model), config=config)
+
+
+def test_a_teacher_of_another_kind_is_refused_where_blocks_are_needed(trained):
+    fast = pfsurgery.convert(trained, "maxpool_deep", example=IMAGES[:1])
+    other = timm.create_model("test_resnet", num_classes=10)
+    for name in ("match_weight", "ramp"):
+        with pytest.raises(TrainingError, match=f"{name} is set, but the teacher"):
+            finetune(fast, train=few(), teacher=other, config=FinetuneConfig(**{name: 0.5}))
+
+
+@pytest.mark.parametrize("settings", [{}, {"mixup": 0.5}, {"kd_weight": 1.0}])
+def test_labels_that_do_not_fit_are_named(settings):
+    model = timm.create_model("test_convnext", num_classes=4)
+    config = FinetuneConfig(batch_size=32, **settings)
+    with pytest.raises(DataError, match="label 9 does not fit the model's 4 classes"):
+        finetune(model, train=few(), config=config)
+
+
+def test_odd_batches_cannot_be_mixed():
+    with pytest.raises(TrainingError, match="batch_size=33 must be even"):
+        FinetuneConfig(batch_size=33, mixup=0.2)
+
+
+def test_half_precision_needs_a_gpu():
+    if torch.accelerator.is_available():
+        pytest.skip("there is one")
+    model = timm.create_model("test_convnext", num_classes=10)
+    with pytest.raises(TrainingError, match="needs a GPU"):
+        finetune(model, train=few(), config=FinetuneConfig(mixed_precision="fp16"))
