@@ -105,10 +105,10 @@ def build(name: str) -> Built:
 
 def _on_meta_or_real(make: Any) -> Built:
     """Built on the meta device where the model runs there."""
-    with torch.device("meta"):
-        model = make().eval()
-    inputs = example_inputs(model)
     try:
+        with torch.device("meta"):
+            model = make().eval()
+        inputs = example_inputs(model)
         with torch.no_grad():
             model(*inputs)
     except Exception:

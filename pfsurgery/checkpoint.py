@@ -107,7 +107,9 @@ def load(
         done = Record.from_dict(content["record"])
     given = base() if callable(base) and not isinstance(base, nn.Module) else base
     with _as_mismatch(directory), torch.device("meta"):
-        _rebuild(_shadow_base(content, given, directory), done, content, state, directory)
+        shadow = _shadow_base(content, given, directory)
+        if shadow is not None:
+            _rebuild(shadow, done, content, state, directory)
     model = given or _named_base(content, directory)
     with _as_mismatch(directory):
         _rebuild(model, done, content, state, directory)
@@ -160,10 +162,17 @@ def _rebuild(
         raise
 
 
-def _shadow_base(content: Mapping[str, Any], given: nn.Module | None, directory: Path) -> nn.Module:
-    """The base without storage: what does not fit is found before any memory is taken."""
+def _shadow_base(
+    content: Mapping[str, Any], given: nn.Module | None, directory: Path
+) -> nn.Module | None:
+    """The base without storage: what does not fit is found before any memory is taken.
+
+    None where it cannot be built so, since its builder reads values (torchvision's RegNets).
+    """
     if given is None:
-        return _named_base(content, directory)
+        with suppress(NotImplementedError):
+            return _named_base(content, directory)
+        return None
     return shadow_of(given, lambda tensor: torch.empty_like(tensor, device="meta"))
 
 

@@ -70,6 +70,14 @@ def test_torchvision_models_come_back_by_name(tmp_path):
     assert torch.equal(load(save(converted, tmp_path))(x), converted(x))
 
 
+def test_a_base_that_cannot_be_built_without_values_comes_back(tmp_path):
+    model = torchvision.models.regnet_y_400mf(num_classes=5).eval()
+    set_base(model, Base("torchvision", "regnet_y_400mf", {"num_classes": 5}))
+    x = torch.randn(1, 3, 64, 64)
+    converted = convert(model, "maxpool_all", example=x)
+    assert torch.equal(load(save(converted, tmp_path))(x), converted(x))
+
+
 def test_without_a_base_it_asks_for_one(tmp_path):
     converted = convert(zoo.Plain(), "maxpool_all", example=zoo.EXAMPLE)
     with pytest.raises(RecordMismatchError, match="base="):
