@@ -38,12 +38,10 @@ class Columns(nn.Module):
         self, geometry: Geometry, runs: tuple[Run, ...], *, in_order: bool = False
     ) -> None:
         super().__init__()
-        channels = torch.tensor([channel for run in runs for channel in run.channels])
-        order = channels.argsort(stable=True)
-        sorted_already = bool((order == torch.arange(len(order))).all())
-        self.register_buffer(
-            "order", order if in_order and not sorted_already else None, persistent=False
-        )
+        channels = [channel for run in runs for channel in run.channels]
+        order = sorted(range(len(channels)), key=channels.__getitem__)
+        moved = in_order and order != list(range(len(order)))
+        self.register_buffer("order", torch.tensor(order) if moved else None, persistent=False)
         self._taps: dict[tuple[Pair, torch.device], Taps] = {}
         self.geometry = geometry
         self.window = Window.of(geometry)
