@@ -16,6 +16,8 @@ _LOADING = {
     *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"),
     *("weights", "weights_backbone"),
 }
+# What a configuration may be overlaid with: how images are prepared, no place of weights.
+_OVERLAID = {"input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "num_classes"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +42,9 @@ class Base:
             RecordMismatchError: The library is unknown, or refuses the arguments; or these would
                 make it read other files or fetch weights.
         """
-        for key in self.kwargs:
-            if key in _LOADING:
+        for key, value in self.kwargs.items():
+            prepares = key == "pretrained_cfg_overlay" and isinstance(value, dict)
+            if key in _LOADING and not (prepares and value.keys() <= _OVERLAID):
                 raise RecordMismatchError(
                     f"{key!r} is no argument for the base of a saved model: it would load weights "
                     f"from elsewhere. Pass base= with the model itself."
