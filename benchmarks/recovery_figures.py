@@ -44,7 +44,8 @@ def draw(content: dict[str, Any], stem: Path) -> None:
     }
     for (method, budget, count), row in sorted(table.items(), key=lambda item: str(item[0])):
         print(f"{method:36s} {budget} after {count:4d}: {row['top1']:.2f} % {row['mmacs']:.2f}")
-    _macs_figure(content, table, steps, stem.with_suffix(".png"))
+    compared = [n for n in steps if len({name for name, _, count in table if count == n}) > 1]
+    _macs_figure(content, table, compared, stem.with_suffix(".png"))
     timed = [row for row in rows if row["stage"] == "latency"]
     if timed:
         path = stem.with_name(f"{stem.name}_latency.png")
@@ -74,7 +75,7 @@ def best(rows: Sequence[Row], method: str, budget: float | None, steps: int) -> 
 def _macs_figure(
     content: dict[str, Any], table: dict[Any, Row], steps: Sequence[int], path: Path
 ) -> None:
-    figure = Figure(figsize=(5.2 * len(steps), 4.8), layout="constrained")
+    figure = Figure(figsize=(max(6.4, 5.2 * len(steps)), 4.8), layout="constrained")
     panels = figure.subplots(1, len(steps), sharex=True, sharey=True, squeeze=False)[0]
     for axes, number in zip(panels, steps, strict=True):
         for method in STYLES:
@@ -83,15 +84,27 @@ def _macs_figure(
                 for (name, _, count), row in table.items()
                 if (name, count) == (method, number)
             ]
-            _line(axes, method, points)
+            _line(axes, method, points + (_stripped(content, method) if number == 0 else []))
         title = "no gradient step" if number == 0 else f"after {number} steps, best of the rates"
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("multiply-adds of one image (MMACs)")
         _original(axes, content)
     panels[0].set_ylabel("CIFAR-10 top-1 (%)")
     panels[0].legend(frameon=False, fontsize=8)
-    figure.suptitle(_title(content), x=0.01, ha="left")
+    size = 12 if len(steps) > 1 else 9
+    figure.suptitle(_title(content), x=0.01, ha="left", fontsize=size)
     figure.savefig(path, dpi=160)
+
+
+def _stripped(content: dict[str, Any], method: str) -> list[tuple[float, float]]:
+    """Cost and accuracy of a method at some of the sites, from the stage `bare`."""
+    found = {
+        "bare": "top1",
+        "max-pool, reconstructed": "top1_max_pool_refitted",
+        "max-pool, merely converted": "top1_after_surgery",
+    }
+    rows = [row for row in content["rows"] if row["stage"] == "bare" and method in found]
+    return [(row["mmacs"], row[found[method]]) for row in rows]
 
 
 def _latency_figure(
@@ -146,7 +159,8 @@ def _images_figure(content: dict[str, Any], swept: Sequence[Row], path: Path) ->
     axes.minorticks_off()
     axes.set_xlabel("unlabelled images")
     axes.set_ylabel("CIFAR-10 top-1 (%)")
-    axes.set_title(f"{_title(content)}, budget {budget} MMACs", loc="left", fontsize=10)
+    original = f"original {content['base_top1']:.2f} % at {content['base_mmacs']:.1f} MMACs"
+    axes.set_title(f"{content['net']}: {original}, budget {budget} MMACs", loc="left", fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=160)
