@@ -125,7 +125,7 @@ def test_all_ops_are_there():
 
     used = {d.op for kind in KINDS for d in record(_converted(kind, "all")).plans[-1]}
     assert used >= set(PLAIN)
-    assert set(list_ops()) == {*PLAIN, "mixed", "thin", "bare"}
+    assert set(list_ops()) == {*PLAIN, "mixed", "thin", "bare", "eff_attention"}
 
 
 @pytest.mark.parametrize("fullgraph", [True, pytest.param(False, marks=pytest.mark.slow)])

@@ -48,6 +48,8 @@ class Blur(nn.Module):
         channels = x.shape[-1 - window.dims]
         convolve: Callable[..., Tensor] = _CONVOLVE[window.dims]
         made = window.pad(x, mode=mode)
+        if channels == 1:  # torch 2.14 convolves a single strided channel wrongly in channels_last
+            made = made.clone(memory_format=torch.contiguous_format)
         for axis in range(window.dims):
             taps: Tensor = getattr(self, f"taps{axis}").to(x.dtype)
             taps = taps.expand(channels, 1, *(-1 for _ in range(window.dims)))

@@ -157,6 +157,6 @@ def _axes(window: Window, size: Pair, weighing: Weighing) -> tuple[Axis, Axis] |
 def in_layout_of(x: Tensor, made: Tensor) -> Tensor:
     """`made` (N, C, H, W) with its channels innermost where `x` has them so."""
     layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
-    if layout is not None and x.is_contiguous(memory_format=layout):
-        return made.contiguous(memory_format=layout)
-    return made
+    if layout is None or torch._C._functorch.peek_interpreter_stack() is not None:
+        return made  # vmap and its kin cannot say how the numbers lie
+    return made.contiguous(memory_format=layout) if x.is_contiguous(memory_format=layout) else made
