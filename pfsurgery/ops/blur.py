@@ -48,7 +48,8 @@ class Blur(nn.Module):
         channels = x.shape[-1 - window.dims]
         convolve: Callable[..., Tensor] = _CONVOLVE[window.dims]
         made = window.pad(x, mode=mode)
-        if channels == 1:  # torch 2.14 convolves a single strided channel wrongly in channels_last
+        # torch 2.14 convolves a single strided channel wrongly in channels_last; tracers see no int
+        if type(channels) is int and channels == 1:
             made = made.clone(memory_format=torch.contiguous_format)
         for axis in range(window.dims):
             taps: Tensor = getattr(self, f"taps{axis}").to(x.dtype)
