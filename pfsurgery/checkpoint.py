@@ -135,7 +135,7 @@ def _as_mismatch(directory: Path) -> Iterator[None]:
         if isinstance(error, PolicyError):
             raise RecordMismatchError(f"{directory / CONFIG}: {error}") from None
         raise
-    except (Exception, RecursionError) as error:
+    except Exception as error:
         what = str(error).partition("\n")[0][:300]
         raise RecordMismatchError(
             f"{directory / CONFIG} does not fit the model: {type(error).__name__}: {what}"

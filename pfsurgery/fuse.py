@@ -56,7 +56,8 @@ def speed_up_pointwise(seen: GraphView, model: nn.Module) -> None:
         assert isinstance(conv, nn.Conv2d)
         key = (geometry_of(conv), shape)
         if key not in faster:
-            faster[key] = _is_faster(conv, shape)
+            x = torch.zeros(shape).contiguous(memory_format=torch.channels_last)
+            faster[key] = _is_faster(_as_bottleneck(conv), conv, x)
         if faster[key]:
             set_module(model, path, _as_bottleneck(conv))
 
@@ -86,13 +87,11 @@ def speed_up_on_gpu(model: nn.Module, args: tuple[Any, ...]) -> None:
         if x.is_cuda:
             fused = copy.deepcopy(module)
             fused.on_gpu = True
-            taken = latency({"before": module, "after": fused}, x, repeats=9, warmup=3)
-            module.on_gpu = taken["after"].median_ms < _GAIN * taken["before"].median_ms
+            module.on_gpu = _is_faster(fused, module, x)
 
 
-def _is_faster(conv: nn.Conv2d, shape: tuple[int, ...]) -> bool:
-    x = torch.zeros(shape).contiguous(memory_format=torch.channels_last)
-    taken = latency({"before": conv, "after": _as_bottleneck(conv)}, x, repeats=9, warmup=2)
+def _is_faster(after: nn.Module, before: nn.Module, x: Tensor) -> bool:
+    taken = latency({"before": before, "after": after}, x, repeats=9, warmup=2)
     return taken["after"].median_ms < _GAIN * taken["before"].median_ms
 
 

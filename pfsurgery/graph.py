@@ -348,9 +348,7 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is nn.functional.batch_norm and args[0].is_meta:
-            output = torch.empty_like(
-                args[0]
-            )  # torch's own way to this shape is the slowest of all
+            output = torch.empty_like(args[0])  # torch's own way to this shape is slow
         else:
             output = func(*args, **kwargs)
         name = _convolution_name(func)

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from pfsurgery.modules import set_module
+from pfsurgery.sites import CONVOLUTIONS
 
 _FUNCTIONS = {
     *(torch.conv1d, torch.conv2d, torch.conv3d),
@@ -19,7 +20,6 @@ _FUNCTIONS = {
     *(torch.ops.aten.conv3d.default, torch.ops.aten.conv3d.padding),
 }
 _DECOMPOSED = torch.ops.aten.convolution.default
-_CLASSES: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 def modularise(
@@ -133,7 +133,7 @@ def _to_module(model: fx.GraphModule, path: str, nodes: list[fx.Node]) -> None:
         if arguments[name] is not None
     }
     weight = model.get_parameter(parameters["weight"])
-    conv = _CLASSES[weight.ndim - 2](
+    conv = CONVOLUTIONS[weight.ndim - 2](
         weight.shape[1] * arguments["groups"],
         weight.shape[0],
         tuple(weight.shape[2:]),

@@ -26,15 +26,15 @@ _ACTIVATIONS = {
     *(Tensor.relu, Tensor.relu_, Tensor.sigmoid, Tensor.sigmoid_, Tensor.tanh, Tensor.clamp),
 }
 _NORM_FUNCTIONS = {F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm}
+_WINDOW_POOLS: set[Any] = {F.max_pool1d, F.max_pool2d, F.max_pool3d}
+_WINDOW_POOLS |= {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d}
 # Functions that keep a pixel's channels apart from other channels, wherever the axes go.
 _CHANNELWISE = {
     *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.pad, F.interpolate),
-    *(F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
+    *_WINDOW_POOLS,
     *(torch.permute, torch.transpose, torch.clone, torch.roll),
     *(Tensor.permute, Tensor.transpose, Tensor.contiguous, Tensor.clone, Tensor.to, Tensor.float),
 }
-_WINDOW_POOLS: set[Any] = {F.max_pool1d, F.max_pool2d, F.max_pool3d}
-_WINDOW_POOLS |= {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d}
 _VIEWS = {Tensor.view, Tensor.reshape, torch.reshape, Tensor.type_as, torch.flatten, Tensor.flatten}
 _GLOBAL_POOLS = {torch.mean, Tensor.mean, torch.amax, Tensor.amax, torch.sum, Tensor.sum}
 _GLOBAL_POOLS |= {F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d}

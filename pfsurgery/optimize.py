@@ -37,9 +37,9 @@ def optimize(
     that they are denormal become 0: processors take a slow path for them. Fitted bottlenecks keep
     their weights packed for the fused kernel and take in the ReLU behind them; in channels_last
     that kernel also runs the pointwise convolutions that it is seen to run faster. On a GPU one
-    Triton kernel runs the bottlenecks that it is seen to run faster. Later changes
-    of the weights are not noticed, names in the state dict differ, and the copy carries no record:
-    save the model that it was made from.
+    Triton kernel runs the bottlenecks that it is seen to run faster. Later changes of the weights
+    are not noticed, names in the state dict differ, and the copy carries no record: save the model
+    that it was made from.
 
     Args:
         model: The model; it is left as it was.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +15,7 @@ from pfsurgery.ops import get_op
 from pfsurgery.ops.bottleneck import fitted_module
 from pfsurgery.ops.eff_attention import EffAttention
 from pfsurgery.plan import Decision
-from pfsurgery.sites import AttentionGeometry, Convolution, geometry_of
+from pfsurgery.sites import CONVOLUTIONS, AttentionGeometry, Convolution, geometry_of
 
 _HOOKS = (
     "_forward_hooks",
@@ -39,7 +38,6 @@ _GEOMETRY = (
     "padding_mode",
 )
 
-_CLASSES: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _HEADS = (
     *("dim", "num_heads", "head_dim", "attn_dim", "window_size", "window_area", "embed_dim"),
     *("num_attention_heads", "batch_first"),
@@ -157,7 +155,7 @@ def _in_place_of_convolution(decision: Decision, conv: Convolution) -> nn.Module
 def _at_stride_one(conv: Convolution) -> Convolution:
     geometry = geometry_of(conv)
     with torch.device("meta"):
-        moved: Convolution = _CLASSES[geometry.dims](
+        moved: Convolution = CONVOLUTIONS[geometry.dims](
             conv.in_channels,
             conv.out_channels,
             geometry.kernel_size,
@@ -175,7 +173,7 @@ def _at_stride_one(conv: Convolution) -> Convolution:
 def _pointwise(conv: Convolution) -> Convolution:
     """A 1x1 convolution that does to a constant image what `conv` does: its taps summed."""
     with torch.device("meta"):
-        pointwise: Convolution = _CLASSES[len(conv.kernel_size)](
+        pointwise: Convolution = CONVOLUTIONS[len(conv.kernel_size)](
             conv.in_channels,
             conv.out_channels,
             1,

@@ -13,6 +13,7 @@ Pair = tuple[int, int]
 Size = tuple[int, ...]  # one number an axis: (length,), (height, width) or (depth, height, width)
 Kind = Literal["depthwise", "grouped", "dense", "pointwise", "attention"]
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}  # by number of axes
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 

@@ -30,11 +30,13 @@ class Taps:
         channels: Channel of each, int32 (B,).
         down: Rows from the top left pixel of an output's window to it, padding taken off, (B,).
         across: Columns, (B,).
+        order: Indices of all columns, those that are taps before those that are pooled.
     """
 
     channels: Tensor
     down: Tensor
     across: Tensor
+    order: Tensor
 
 
 def taps_of(runs: tuple[Run, ...], geometry: Geometry, size: Size, device: torch.device) -> Taps:
@@ -47,7 +49,9 @@ def taps_of(runs: tuple[Run, ...], geometry: Geometry, size: Size, device: torch
         for channel in run.channels
     ]
     table = torch.tensor(rows, dtype=torch.int32, device=device).reshape(-1, 3)
-    return Taps(*table.T.contiguous())
+    pooled = torch.tensor([run.kind != "tap" for run in runs for _ in run.channels], device=device)
+    channels, down, across = table.T.contiguous()
+    return Taps(channels, down, across, pooled.int().argsort(stable=True))
 
 
 @triton.jit

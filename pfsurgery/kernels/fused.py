@@ -201,6 +201,7 @@ def _sizes(geometry: Geometry, structure: Structure, rows: int, columns: int) ->
         raise ShapeError(
             f"An input of {rows} x {columns} pixels is smaller than the window of {geometry}."
         )
+    made = geometry.output_size((rows, columns))
     pooled = [len(run.channels) for run in structure.runs if run.kind != "tap"]
     if structure.reduce:
         fill = at.REDUCTION
@@ -210,8 +211,8 @@ def _sizes(geometry: Geometry, structure: Structure, rows: int, columns: int) ->
     return _Sizes(
         top=top,
         left=left,
-        rows=(padded[0] - reach[0]) // geometry.stride[0] + 1,
-        columns=(padded[1] - reach[1]) // geometry.stride[1] + 1,
+        rows=made[0],
+        columns=made[1],
         held_columns=padded[1],
         reach=reach[0],
         stride=geometry.stride[0],

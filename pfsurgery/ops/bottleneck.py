@@ -87,13 +87,14 @@ class Bottleneck(nn.Module):
         if self.reduce is not None:
             x = self.reduce(x)
         middle = self.expand if self.waist is None else self.waist
+        taps = self.columns.taps(x)
         made = bottleneck(
             x,
             self.columns.pooled(x),
-            self.columns.taps(x),
+            taps,
             self.columns.geometry.output_size((x.shape[-2], x.shape[-1])),
             self.columns.geometry.stride,
-            _matrix(middle)[self.columns.taps_first.to(x.device)],
+            _matrix(middle)[taps.order],
             None if self.waist is None else _matrix(self.expand).contiguous(),
             self.expand.bias.detach(),
             relu=self.relu,

@@ -99,12 +99,6 @@ class Columns(nn.Module):
         total: Tensor = reduce(torch.add, added)
         return total
 
-    @property
-    def taps_first(self) -> Tensor:
-        """Indices of all columns, those that are taps before those that are pooled."""
-        kinds = [run.kind == "tap" for run in self.runs for _ in run.channels]
-        return torch.tensor(kinds).logical_not().int().argsort(stable=True)
-
     def taps(self, x: Tensor) -> Taps:
         """Where the columns of (N, C, H, W) that are taps are read, on the device of `x`."""
         from pfsurgery.kernels.cuda_bottleneck import taps_of

@@ -76,7 +76,7 @@ class DivergedError(TrainingError):
         self.reason, self.step, self.epoch, self.lr = reason, step, epoch, lr
 
 
-class Window:
+class LossWindow:
     """The losses since the last line of the log; fetching them is what waits for the device."""
 
     def __init__(self, run: Run, at: Position, show: Show) -> None:
@@ -119,7 +119,7 @@ class Window:
 
 
 def train_epoch(
-    run: Run, at: Position, *, show: Show, after_step: Callable[[Window], None]
+    run: Run, at: Position, *, show: Show, after_step: Callable[[LossWindow], None]
 ) -> EpochRecord:
     """The rest of the current epoch, or less if the run's last step is reached.
 
@@ -135,7 +135,7 @@ def train_epoch(
         TrainingError: The model or teacher does not return logits of the same classes.
     """
     run.objective.student.train()
-    window = Window(run, at, show)
+    window = LossWindow(run, at, show)
     batches = read(run.batches.start(at.epoch, at.batch)) if at.step < run.total else ()
     for group in _grouped(batches, run.config.accumulate, rest=at.batch == 0):
         if run.ramp is not None:

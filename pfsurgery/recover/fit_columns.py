@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from pfsurgery.recover.fit import Fit, cost, refit_expansion
-from pfsurgery.recover.gram import Moments
+from pfsurgery.recover.gram import DOUBLE, Moments
 from pfsurgery.recover.linalg import RIDGE, cholesky, principal
 
 _DEPENDENT = 1e-6  # a column with less of its variance left than this adds rounding errors
-_DOUBLE = 2048  # more columns are chosen in float32: memory decides then, and order is all it gives
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +45,7 @@ def select_columns(
         most: Columns to choose; fewer if the rest are linearly dependent.
         exclusive: Group of each column (K,): at most one column a group is chosen.
     """
-    if len(gram) > _DOUBLE:
+    if len(gram) > DOUBLE:  # no more exact than float32 itself, and memory decides the time
         gram, goal = gram.float(), goal.float()
     left = gram.diagonal().clone()
     least = torch.maximum(left * _DEPENDENT, left.max() * 1e-14)

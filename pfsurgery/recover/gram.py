@@ -12,7 +12,7 @@ from pfsurgery.errors import DataError
 _ROWS = 4096  # of one product: few enough that float32 rounding stays near 1e-6
 _ENOUGH = 1024  # rows that are worth a product
 _BLOCK = 512
-_DOUBLE = 2048  # up to this many columns products are float64: twice the time, and exact
+DOUBLE = 2048  # up to this many columns products are float64: twice the time, and exact
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +163,7 @@ class MomentSum:
         if self._column_shift is None or self._target_shift is None:
             self._column_shift = columns.mean(0)
             self._target_shift = targets.mean(0)
-        kind = torch.float64 if columns.shape[1] <= _DOUBLE else torch.float32
+        kind = torch.float64 if columns.shape[1] <= DOUBLE else torch.float32
         for first in range(0, len(columns), _ROWS):
             x = columns[first : first + _ROWS].to(kind) - self._column_shift
             self._add_chunk(x, targets[first : first + _ROWS].to(kind) - self._target_shift)

@@ -151,15 +151,10 @@ class TrainBatches:
             assert isinstance(source, DataLoader)
             self.order = _order_of(source, seed, accelerator)
             self.loader: Iterable[Any] = _reordered(source, self.order)
-        elif accelerator.num_processes == 1 or spreads_itself(source):
+        elif accelerator.num_processes == 1:
             self.loader = source
-        elif isinstance(source, DataLoader):
-            self.loader = accelerator.prepare_data_loader(source)
         else:
-            raise DataError(
-                f"A {type(source).__name__} of batches cannot be spread over "
-                f"{accelerator.num_processes} processes; give a DataLoader, a Dataset or a path."
-            )
+            self.loader = spread(source, accelerator)
 
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]
@@ -220,7 +215,26 @@ def _reordered(loader: DataLoader[Any], order: EpochOrder) -> DataLoader[Any]:
     )
 
 
-def spreads_itself(source: Iterable[Any]) -> bool:
+def spread(source: Iterable[Any], accelerator: Any) -> Iterable[Any]:
+    """A loader whose batches are this process's share.
+
+    Raises:
+        DataError: Batches of an iterable cannot be spread over several processes.
+    """
+    if _spreads_itself(source):
+        return source
+    if isinstance(source, DataLoader):
+        prepared: Iterable[Any] = accelerator.prepare_data_loader(source)
+        return prepared
+    if accelerator.num_processes > 1:
+        raise DataError(
+            f"A {type(source).__name__} of batches cannot be spread over "
+            f"{accelerator.num_processes} processes; give a DataLoader, a Dataset or a path."
+        )
+    return source
+
+
+def _spreads_itself(source: Iterable[Any]) -> bool:
     """Whether it is a stream of timm's, which gives each process shards of its own."""
     return (
         isinstance(source, DataLoader)

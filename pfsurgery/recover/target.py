@@ -204,11 +204,11 @@ def goal_rows(
         for place, (layer, how) in enumerate(zip(layers, hows, strict=True))
     }
     calls = {str(place): site.calls for place, site in enumerate(sites)}
+
+    def sample(key: str, y: Tensor) -> Tensor:
+        return samplers[int(key)].outputs(y)
+
     for batch in batches:
-
-        def sample(key: str, y: Tensor) -> Tensor:
-            return samplers[int(key)].outputs(y)
-
         for key, rows in capture(teacher, batch, wanted, calls, sample).items():
             found[int(key)].append(rows)
     return found

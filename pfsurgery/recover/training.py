@@ -12,17 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from pfsurgery.errors import DataError, SurgeryError, TrainingError
+from pfsurgery.errors import SurgeryError, TrainingError
 from pfsurgery.recover import logs, snapshot
 from pfsurgery.recover.config import EpochRecord, FinetuneConfig
 from pfsurgery.recover.config_file import write_config
-from pfsurgery.recover.epoch import DivergedError, Run, Window, train_epoch
+from pfsurgery.recover.epoch import DivergedError, LossWindow, Run, train_epoch
 from pfsurgery.recover.evaluate import Accuracy, score
 from pfsurgery.recover.give_back import give_back
 from pfsurgery.recover.norms import recalibrate
-from pfsurgery.recover.order import TrainBatches, spreads_itself
+from pfsurgery.recover.order import TrainBatches, spread
 from pfsurgery.recover.prepare import build_run
 from pfsurgery.recover.progress import Show, Write, progress_bar
 from pfsurgery.recover.snapshot import Position
@@ -80,7 +79,7 @@ class Training:
         self._open_logs(saved is None)
 
         batches = TrainBatches(train, seed=config.seed, accelerator=accelerator)
-        self.val = None if val is None else _spread(val, accelerator)
+        self.val = None if val is None else spread(val, accelerator)
         self.run = run = build_run(model, teacher, batches, config, accelerator, self.write)
         self.good = copy_weights(run.result)
         if saved is not None:
@@ -120,7 +119,7 @@ class Training:
         accuracy = "" if reached is None else f"  top-1 {reached.top1:.1f}{beside}"
         told = f"{accuracy}  epoch {at.epoch}"
 
-        def after_step(window: Window) -> None:
+        def after_step(window: LossWindow) -> None:
             due = config.save_every is not None and at.step % config.save_every == 0
             asked = self._asked(stop, at.step)
             if due or asked:
@@ -346,19 +345,6 @@ class Training:
 
 def _stopped(path: Path | None) -> StoppedError:
     return StoppedError("a checkpoint" if path is None else str(path))
-
-
-def _spread(loader: Any, accelerator: Any) -> Any:
-    if spreads_itself(loader):
-        return loader
-    if isinstance(loader, DataLoader):
-        return accelerator.prepare_data_loader(loader)
-    if accelerator.num_processes > 1:
-        raise DataError(
-            f"A {type(loader).__name__} of batches cannot be spread over "
-            f"{accelerator.num_processes} processes; give a DataLoader, a Dataset or a path."
-        )
-    return loader
 
 
 def _load_state(model: nn.Module, state: dict[str, Tensor]) -> None:
