@@ -195,7 +195,7 @@ def setting_of(model: nn.Module, args: tuple[Any, ...]) -> Setting:
         for w in weights
     )
     return Setting(
-        device=_device_name(tensor.device),
+        device=device_name(tensor.device),
         threads=torch.get_num_threads(),
         dtype=str(floating.dtype).removeprefix("torch."),
         memory_format="channels_last" if last else "contiguous",
@@ -230,7 +230,8 @@ def _clock_ms(model: nn.Module, args: tuple[Any, ...]) -> float:
 
 
 @lru_cache
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """Name of a processor or GPU, as the system tells it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":

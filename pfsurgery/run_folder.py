@@ -1,0 +1,115 @@
+"""Run folders: what a study, search or fine-tuning leaves behind, and what made it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from pfsurgery.errors import SurgeryError
+from pfsurgery.files import write_atomically
+
+RUN = "run.json"
+Kind = Literal["finetune", "sensitivity", "search", "layer", "nas", "robustness"]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What made a run folder.
+
+    Attributes:
+        kind: What was done: it says which other files the folder holds.
+        command: The command line that does it again; empty where it was called from Python.
+        model: Name of the model that it is about; empty if it has none.
+        device: Name of the processor or GPU.
+        threads: Threads of torch on the CPU.
+        versions: Versions of pfsurgery, torch and timm.
+        started: When, as an ISO 8601 time in UTC.
+    """
+
+    kind: Kind
+    command: str
+    model: str
+    device: str
+    threads: int
+    versions: dict[str, str]
+    started: str
+
+
+def note_run(folder: str | Path, kind: Kind, *, model: str = "") -> Run:
+    """Write `run.json` into a run folder, which is made if it is missing.
+
+    Raises:
+        SurgeryError: It cannot be written.
+    """
+    import timm
+
+    import pfsurgery
+    from pfsurgery.measure.latency import device_name
+
+    run = Run(
+        kind,
+        _command(),
+        model,
+        device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        torch.get_num_threads(),
+        {"pfsurgery": pfsurgery.__version__, "torch": torch.__version__, "timm": timm.__version__},
+        datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+    write_json(Path(folder) / RUN, asdict(run))
+    return run
+
+
+def read_run(folder: str | Path) -> Run:
+    """What made a run folder.
+
+    Raises:
+        SurgeryError: The folder holds no readable `run.json`.
+    """
+    values = read_json(Path(folder) / RUN)
+    known = {field.name for field in fields(Run)}
+    if not isinstance(values, dict) or set(values) != known:
+        raise SurgeryError(f"{Path(folder) / RUN} is not what pfsurgery writes into a run folder.")
+    if values["kind"] not in get_args(Kind):
+        raise SurgeryError(f"{Path(folder) / RUN} is of an unknown kind {values['kind']!r}.")
+    return Run(**values)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write values as a JSON file, atomically; its folder is made if it is missing.
+
+    Raises:
+        SurgeryError: It cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(values, indent=1).encode())
+    except OSError as error:
+        raise SurgeryError(f"{path} cannot be written: {error.strerror}.") from None
+
+
+def read_json(path: Path) -> Any:
+    """The values of a JSON file.
+
+    Raises:
+        SurgeryError: It is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SurgeryError(f"{path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise SurgeryError(f"{path} is not JSON: {error}.") from None
+
+
+def _command() -> str:
+    """The command line of this process, if it is pfsurgery's."""
+    program = Path(sys.argv[0])
+    ours = program.name == "pfsurgery" or program.parent.name == "cli"
+    return shlex.join(["pfsurgery", *sys.argv[1:]]) if ours else ""
