@@ -1,0 +1,10 @@
+"""`pfsurgery study`: one file a study."""
+
+from __future__ import annotations
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Measure what sites and operations cost and gain.",
+)

@@ -1,0 +1,1 @@
+"""Studies: what sites and operations cost and gain."""
