@@ -85,7 +85,7 @@ def convert(
     with a line of text for each step.
     """
     if isinstance(policy, DataPolicy):
-        marked = _marker(model, policy, example, include, exclude, where)
+        marked = marker(model, policy, example, include, exclude, where)
         fitted, carried_out = policy.convert(model, marked, images, tell)
         remember(fitted, carried_out)
         return cast(Model, fitted)
@@ -119,7 +119,7 @@ def convert_(
 ) -> Model:
     """Convert `model` itself and return it; see `convert`. If it fails, the model is unchanged."""
     if isinstance(policy, DataPolicy):
-        marked = _marker(model, policy, example, include, exclude, where)
+        marked = marker(model, policy, example, include, exclude, where)
         fitted, carried_out = policy.convert(model, marked, images, tell)
         _apply(model, carried_out)
         model.load_state_dict(fitted.state_dict())
@@ -130,7 +130,7 @@ def convert_(
         return _apply(model, chosen)
 
 
-def _marker(
+def marker(
     model: nn.Module,
     policy: DataPolicy,
     example: Example | None,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class SurgeryError(Exception):
@@ -50,6 +51,10 @@ class TrainingError(SurgeryError):
     """Training cannot go on, for instance because the loss is not finite."""
 
 
+class MissingExtraError(SurgeryError):
+    """An optional library is not installed."""
+
+
 class NoEffectWarning(UserWarning):
     """A conversion changed nothing."""
 
@@ -62,3 +67,22 @@ def closest(name: str, known: Iterable[str], most: int = 5) -> str:
         return f"Closest: {', '.join(found)}."
     shown = ", ".join(names[:most])
     return f"There are {len(names)}: {shown}{', ...' if len(names) > most else '.'}"
+
+
+@contextmanager
+def needs(extra: str, what: str) -> Iterator[None]:
+    """Around imports of optional libraries: says which extra brings them.
+
+    Args:
+        extra: Name of the extra in pyproject.toml.
+        what: What needs them, as the beginning of a sentence.
+
+    Raises:
+        MissingExtraError: One is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f'{what} needs {error.name}, which is not installed: pip install "pfsurgery[{extra}]"'
+        ) from None

@@ -67,10 +67,10 @@ def apply_plan(model: nn.Module, decisions: Iterable[Decision]) -> Undo:
         if not decision.replaced:
             continue
         old = _module_at(model, decision)
-        replacement = _build(decision, old)
-        _check_shape(decision, replacement)
-        _inherit(replacement, old)
-        changes += [(name, replacement) for name in decision.site.names]
+        new = replacement(decision, old)
+        _check_shape(decision, new)
+        _inherit(new, old)
+        changes += [(name, new) for name in decision.site.names]
         if decision.tail == "drop":
             for name in decision.site.neighbours.tail:
                 old = get_module(model, name)
@@ -119,7 +119,8 @@ def _module_at(model: nn.Module, decision: Decision) -> nn.Module:
     return old
 
 
-def _build(decision: Decision, old: nn.Module) -> nn.Module:
+def replacement(decision: Decision, old: nn.Module) -> nn.Module:
+    """What `decision` puts in the place of `old`, a convolution or an attention."""
     if isinstance(old, Convolution):
         return _in_place_of_convolution(decision, old)
     return _in_place_of_attention(decision, old)
@@ -190,21 +191,21 @@ def _pointwise(conv: Convolution) -> Convolution:
     return pointwise
 
 
-def _inherit(replacement: nn.Module, old: nn.Module) -> None:
+def _inherit(new: nn.Module, old: nn.Module) -> None:
     """Take over train flag and hooks, and the geometry, which a model's own code may read."""
-    replacement.train(old.training)
+    new.train(old.training)
     for name in _GEOMETRY if isinstance(old, Convolution) else _HEADS:
-        if not hasattr(replacement, name) and hasattr(old, name):
-            setattr(replacement, name, getattr(old, name))
+        if not hasattr(new, name) and hasattr(old, name):
+            setattr(new, name, getattr(old, name))
     for hooks in _HOOKS:
-        setattr(replacement, hooks, getattr(old, hooks))
+        setattr(new, hooks, getattr(old, hooks))
 
 
-def _check_shape(decision: Decision, replacement: nn.Module) -> None:
+def _check_shape(decision: Decision, new: nn.Module) -> None:
     site = decision.site
     source = torch.empty(site.input_shape, device="meta")
     with torch.no_grad():
-        made = _on_meta(replacement)(source)
+        made = _on_meta(new)(source)
     shape = tuple((made[0] if isinstance(made, tuple) else made).shape)
     if shape != site.output_shape:
         raise UnsupportedSiteError(

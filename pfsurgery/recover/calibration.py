@@ -65,6 +65,11 @@ def in_fast_layout(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
     return as_wanted
 
 
+def as_batch(image: Tensor, batch: int) -> Tensor:
+    """An image (1, C, H, W) as a batch of so many, channels innermost, to time networks with."""
+    return image.expand(batch, -1, -1, -1).contiguous(memory_format=torch.channels_last)
+
+
 def frozen_copy(model: nn.Module) -> nn.Module:
     """A copy of `model` in eval mode whose parameters need no gradients."""
     return copy.deepcopy(model).eval().requires_grad_(False)

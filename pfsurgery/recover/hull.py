@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from pfsurgery.errors import PolicyError
 
 Point = tuple[float, float]
+# Chooses one option a site: its index, from the (cost, damage) of all and what may be spent.
+Pick = Callable[[Mapping[str, Sequence[Point]], float], dict[str, int]]
 
 
 def lower_hull(points: Sequence[Point]) -> list[int]:
@@ -36,19 +38,17 @@ def lower_hull(points: Sequence[Point]) -> list[int]:
 def spend(
     options: Mapping[str, Sequence[Point]],
     budget: float,
-    importance: Mapping[str, float] | None = None,
 ) -> dict[str, int]:
     """Chooses one option a site so that the summed error is small within a budget.
 
     Starts from the cheapest option of every site and walks along the hulls, always taking the
-    step that removes most (weighted) error for its cost; a step that no longer fits ends its
+    step that removes most error for its cost; a step that no longer fits ends its
     site, and the others go on.
 
     Args:
         options: For each site the (cost, error) of its options, "keep the convolution" among
             them; costs in the unit of the budget.
         budget: What all sites together may cost.
-        importance: Weight of each site's error, 1 by default.
 
     Returns:
         For each site the index of its option.
@@ -71,8 +71,7 @@ def spend(
         at, hull = place[site], hulls[site]
         if at + 1 < len(hull):
             (c0, e0), (c1, e1) = options[site][hull[at]], options[site][hull[at + 1]]
-            weight = 1.0 if importance is None else importance[site]
-            heapq.heappush(queue, (-weight * (e0 - e1) / (c1 - c0), site))
+            heapq.heappush(queue, (-(e0 - e1) / (c1 - c0), site))
 
     for site in hulls:
         offer(site)

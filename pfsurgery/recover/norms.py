@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,10 +66,17 @@ def recalibrate(model: nn.Module, batches: Images | Tensor | str | Path) -> int:
         DataError: There is no batch, or a batch is no image tensor.
         TrainingError: The statistics of a norm are not finite; the message names it.
     """
+    return reestimate(model, batches, {name for name, _ in model.named_modules()})
+
+
+def reestimate(
+    model: nn.Module, batches: Images | Tensor | str | Path, paths: Collection[str]
+) -> int:
+    """`recalibrate` for the batch norms among the modules at `paths` alone."""
     norms = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None
+        if name in paths and isinstance(module, _BatchNorm) and module.running_mean is not None
     }
     if not norms:
         return 0

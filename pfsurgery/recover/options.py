@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -42,15 +43,21 @@ class Option:
     Attributes:
         form: Which form.
         sizes: Its widths: (B,) columns, (r, B) waist, (r,) bottleneck and low rank, (r1, r2) thin,
-            (r1, B, r2) mixed.
+            (r1, B, r2) mixed, (C,) bare, () for an op.
         macs: Multiply-adds an output position.
         error: Relative error on the moments it was chosen with.
+        op: Name of the op, where the form is "op": one that is not fitted, such as max_pool.
     """
 
-    form: Form
+    form: Form | Literal["op"]
     sizes: tuple[int, ...]
     macs: float
     error: float
+    op: str = ""
+
+    def __str__(self) -> str:
+        """For example `thin 12>20` or `max_pool`."""
+        return self.op or f"{self.form} {'>'.join(map(str, self.sizes))}"
 
 
 @dataclass(frozen=True, slots=True)

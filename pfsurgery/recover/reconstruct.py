@@ -8,19 +8,15 @@ from typing import Any
 
 from torch import nn
 
-from pfsurgery.attention import layout_of
 from pfsurgery.graph import view
-from pfsurgery.neighbours import neighbours_of_module
-from pfsurgery.ops.bottleneck import Bottleneck
-from pfsurgery.plan import Decision
 from pfsurgery.policy import Tell
 from pfsurgery.record import record
+from pfsurgery.recover.behind import refit_behind
 from pfsurgery.recover.calibration import calibration_batches, frozen_copy, hold_out
 from pfsurgery.recover.norms import recalibrate
 from pfsurgery.recover.polish import polish
 from pfsurgery.recover.progress import tracked
-from pfsurgery.recover.refit import Refit, refit_layer
-from pfsurgery.rewrite import Composite
+from pfsurgery.recover.refit import Refit
 
 
 def reconstruct(
@@ -59,46 +55,10 @@ def reconstruct(
     done = []
     for decision in tracked(decisions, "refitting"):
         started = time.perf_counter()
-        name = _layer_behind(student, decision)
-        if name is None:
-            why = _why_none(decision)
-            done.append(Refit(decision.site.name, None, reason=why))
-            tell(f"{decision.site.name}: not refitted, {why}")
-            continue
-        twin = _twin(original, decision, name)
-        around = neighbours_of_module(twin, seen)
-        refit = refit_layer(student, original, decision.site.name, name, twin, around, batches)
+        refit = refit_behind(student, original, decision, seen, batches)
         done.append(replace(refit, seconds=time.perf_counter() - started))
-        tell(f"{refit.site}: {name} refitted, error {refit.before:.3f} -> {refit.after:.3f}")
+        told = f"{refit.layer} refitted, error {refit.before:.3f} -> {refit.after:.3f}"
+        tell(f"{refit.site}: {told if refit.layer else f'not refitted, {refit.reason}'}")
     polish(student, original, batches, judges, tell)
     model.load_state_dict(student.state_dict())
     return tuple(done)
-
-
-def _twin(original: nn.Module, decision: Decision, name: str) -> str:
-    """Path of the layer of the original whose outputs the layer `name` should give."""
-    layout = layout_of(original.get_submodule(decision.site.name))
-    return (
-        name.removesuffix(".pointwise") if layout is None else f"{decision.site.name}.{layout.proj}"
-    )
-
-
-def _why_none(decision: Decision) -> str:
-    if decision.site.kind != "attention":
-        return "no pointwise layer reads this site"
-    if decision.site.calls > 1:
-        return "it is called more than once"
-    return "the original never calls its output layer as a module"
-
-
-def _layer_behind(student: nn.Module, decision: Decision) -> str | None:
-    site = decision.site
-    if site.kind == "attention":
-        called = site.calls == 1 and not site.module.endswith("MultiheadAttention")
-        return f"{site.name}.proj" if called else None
-    module = student.get_submodule(site.name)
-    if isinstance(module, Composite) and decision.pointwise:
-        return f"{site.name}.pointwise" if site.geometry.groups == 1 else None
-    after = site.neighbours.pointwise_after if site.calls == 1 else None
-    fitted = after is not None and isinstance(student.get_submodule(after), Bottleneck)
-    return None if fitted else after

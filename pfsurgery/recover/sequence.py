@@ -13,8 +13,9 @@ from pfsurgery.errors import RecordMismatchError
 from pfsurgery.graph import GraphView, view
 from pfsurgery.neighbours import neighbours_of_module
 from pfsurgery.ops.bottleneck import Bottleneck
-from pfsurgery.plan import Decision
-from pfsurgery.policy import Tell
+from pfsurgery.plan import Decision, decide
+from pfsurgery.policy import Rule, Tell
+from pfsurgery.recover.behind import refit_behind
 from pfsurgery.recover.build import bare_structure, op_of, set_weights, structure_of
 from pfsurgery.recover.capture import capture
 from pfsurgery.recover.channels import ChannelFit, ChannelSums, fold_into_norm
@@ -22,7 +23,8 @@ from pfsurgery.recover.columns import Operation, kernel_columns
 from pfsurgery.recover.fit_columns import fit_bare
 from pfsurgery.recover.gram import sample_positions
 from pfsurgery.recover.groups import in_memory
-from pfsurgery.recover.options import Option, fit_option, site_moments
+from pfsurgery.recover.norms import reestimate
+from pfsurgery.recover.options import Option, SiteMoments, fit_option, site_moments
 from pfsurgery.recover.progress import tracked
 from pfsurgery.recover.refit import refit_layer
 from pfsurgery.recover.screen import Screen, lifted_kernel, unscreened
@@ -68,26 +70,22 @@ def refit_in_order(
     student = copy.deepcopy(teacher)
     seen = view(teacher, (batches[0][:1],))
     aims = [
-        _aim(teacher, site, option, seen)
+        aim_at(teacher, site, option, seen)
         for site in sites
         if (option := chosen[site.name]) is not None
     ]
     done: dict[str, Decision] = {}
-    rows = _goals(teacher, aims, batches)
+    rows = goals_of(teacher, aims, batches)
     for aim, goals in zip(tracked(aims, "fitting"), rows, strict=True):
-        site = aim.site
-        if aim.option.form != "bare":
-            screen = screens.get(site.name)
-            decision = _place_fitted(teacher, student, aim, goals, batches, screen)
-        else:
-            decision = _place_bare(teacher, student, aim, goals, batches, seen)
-        done[site.name] = decision
-        tell(f"{site.name}: {decision.label}, {decision.reason}")
+        name = aim.site.name
+        decision = place(teacher, student, aim, goals, batches, seen, screens.get(name))
+        done[name] = decision
+        tell(f"{name}: {decision.label}, {decision.reason}")
     return student, done
 
 
 @dataclass(frozen=True, slots=True)
-class _Aim:
+class Aim:
     """A site, what it becomes, and the layer whose output is then to be as it was."""
 
     site: Site
@@ -95,25 +93,59 @@ class _Aim:
     layer: str
     how: Readout
 
+    @property
+    def reads_goals(self) -> bool:
+        """Whether it is fitted to rows of the original's output, which `goals_of` reads."""
+        return self.site.kind != "depthwise" and self.option.form != "op"
 
-def _aim(teacher: nn.Module, site: Site, option: Option, seen: GraphView) -> _Aim:
+
+def aim_at(teacher: nn.Module, site: Site, option: Option, seen: GraphView) -> Aim:
+    """What is to be fitted where `site` becomes `option`; `seen` is the view of the original."""
     if option.form != "bare" or site.kind == "depthwise":
-        return _Aim(site, option, site.name, site_readout(teacher, site))
+        return Aim(site, option, site.name, site_readout(teacher, site))
     layer = _layer_behind(site)
     around = neighbours_of_module(layer, seen)
-    return _Aim(site, option, layer, readout_of(teacher, around, _outputs(teacher, layer)))
+    return Aim(site, option, layer, readout_of(teacher, around, _outputs(teacher, layer)))
 
 
-def _goals(
-    teacher: nn.Module, aims: Sequence[_Aim], batches: Sequence[Tensor]
+def goals_of(
+    teacher: nn.Module, aims: Sequence[Aim], batches: Sequence[Tensor]
 ) -> Iterator[list[Tensor]]:
     """The original's rows for each aim, from as few passes as their memory allows."""
     for group in in_memory(aims, lambda aim: 4 * POSITIONS * len(aim.how.weights), _MEMORY):
-        read = [aim for aim in group if aim.site.kind != "depthwise"]
+        read = [aim for aim in group if aim.reads_goals]
         places = [aim.site for aim in read], [aim.layer for aim in read], [aim.how for aim in read]
         rows = goal_rows(teacher, *places, batches, POSITIONS) if read else []
         for aim in group:
-            yield rows.pop(0) if aim.site.kind != "depthwise" else []
+            yield rows.pop(0) if aim.reads_goals else []
+
+
+def place(
+    teacher: nn.Module,
+    student: nn.Module,
+    aim: Aim,
+    goals: Sequence[Tensor],
+    batches: Sequence[Tensor],
+    seen: GraphView,
+    screen: Screen | None = None,
+) -> Decision:
+    """Put what a site becomes into the edited network, fitted there; returns what was done.
+
+    Args:
+        teacher: The original, in eval mode.
+        student: The edited network, whose site still is its convolution; changed in place.
+        aim: The site and what it becomes.
+        goals: Its rows from `goals_of`.
+        batches: Images (N, C, H, W), one batch each.
+        seen: The graph view of the original.
+        screen: Directions that stand for the channels of a very wide site.
+    """
+    if aim.option.form == "op":
+        return _place_op(teacher, student, aim, batches, seen)
+    if aim.option.form == "bare":
+        return _place_bare(teacher, student, aim, goals, batches, seen)
+    problem = fitting_problem(teacher, student, aim, goals, batches, screen)
+    return place_fit(student, aim, problem, screen)
 
 
 def site_kernel(teacher: nn.Module, site: Site, ops: Sequence[Operation]) -> Tensor:
@@ -144,35 +176,61 @@ def reuse(site: Site) -> float:
     return float(site.geometry.stride[0] * site.geometry.stride[1])
 
 
-def _place_fitted(
+def fitting_problem(
     teacher: nn.Module,
     student: nn.Module,
-    aim: _Aim,
+    aim: Aim,
     goals: Sequence[Tensor],
     batches: Sequence[Tensor],
-    screen: Screen | None,
-) -> Decision:
+    screen: Screen | None = None,
+) -> SiteMoments:
+    """What any fitted form of the site is fitted to; arguments as for `place`."""
     site, how = aim.site, aim.how
     ops = site_operations(site)
     found = refit_moments(student, site, batches, goals, ops, how, POSITIONS, screen=screen)
     kernel = lifted_kernel(site_kernel(teacher, site, ops), screen)
-    problem = site_moments(found.with_prior(kernel, _PRIOR), how.weights, ops, reuse=reuse(site))
+    return site_moments(found.with_prior(kernel, _PRIOR), how.weights, ops, reuse=reuse(site))
+
+
+def place_fit(
+    student: nn.Module, aim: Aim, problem: SiteMoments, screen: Screen | None = None
+) -> Decision:
+    """Fit the site's form to `problem` and put it into the edited network."""
+    site = aim.site
     fit = unscreened(fit_option(problem, aim.option, rounds=_ROUNDS), screen)
-    structure = structure_of(fit, ops)
+    structure = structure_of(fit, problem.ops)
     decision = Decision(
         site, op_of(structure), reason=f"relative error {fit.error:.3f}", structure=structure
     )
     apply_plan(student, [decision])
     module = student.get_submodule(site.name)
     if isinstance(module, Bottleneck):
-        set_weights(module, fit, ops, site.geometry)
+        set_weights(module, fit, problem.ops, site.geometry)
     return decision
+
+
+def _place_op(
+    teacher: nn.Module,
+    student: nn.Module,
+    aim: Aim,
+    batches: Sequence[Tensor],
+    seen: GraphView,
+) -> Decision:
+    """An op that is not fitted: its norm is re-estimated, the layer that takes it refitted."""
+    decision = decide(aim.site, Rule(aim.option.op))
+    apply_plan(student, [decision])
+    norm = aim.site.neighbours.norm
+    if norm is not None:
+        reestimate(student, list(batches), {norm})
+    refit = refit_behind(student, teacher, decision, seen, batches)
+    told = f"relative error {refit.after:.3f} behind {refit.layer}" if refit.layer else refit.reason
+    return replace(decision, reason=told)
 
 
 def _place_bare(
     teacher: nn.Module,
     student: nn.Module,
-    aim: _Aim,
+    aim: Aim,
     goals: Sequence[Tensor],
     batches: Sequence[Tensor],
     seen: GraphView,

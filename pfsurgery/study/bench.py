@@ -1,0 +1,200 @@
+"""The networks that a search makes and measures, and what it leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pfsurgery.measure import count
+from pfsurgery.measure.latency import latency
+from pfsurgery.optimize import optimize
+from pfsurgery.plan import Decision, Plan
+from pfsurgery.policy import Tell
+from pfsurgery.record import remember
+from pfsurgery.recover.budget import Budget, Unit, absolute
+from pfsurgery.recover.calibration import as_batch
+from pfsurgery.recover.choices import Choices, carry_out, finished
+from pfsurgery.recover.device import site_times
+from pfsurgery.run_folder import write_json
+from pfsurgery.study.damage import Judge
+from pfsurgery.study.sensitivity import measured
+
+RESULT = "search.json"
+Places = dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A network that the search made.
+
+    Attributes:
+        name: How its forms were chosen.
+        origin: The same as a word: `budget` (relative errors), `sensitivity`, `repair`, `optuna`.
+        macs: Multiply-adds of one image.
+        params: Parameters.
+        ms: Time of one batch, as `optimize` leaves it.
+        damage: Distance of its outputs to the original's on held-out images (KL in nats).
+        top1: Accuracy in percent, None where no `validate` was given.
+        chosen: Whether it is the result.
+    """
+
+    name: str
+    origin: str
+    macs: int
+    params: int
+    ms: float
+    damage: float
+    top1: float | None
+    chosen: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a search came to.
+
+    Attributes:
+        model: The converted model, of the class of the original.
+        plan: What each site became.
+        points: All networks that were made on the way.
+        original: The original, measured in the same way.
+        predicted_ms: What a batch takes by the sum of what the sites take alone.
+    """
+
+    model: nn.Module
+    plan: Plan
+    points: tuple[Point, ...]
+    original: Point
+    predicted_ms: float
+
+    @property
+    def chosen(self) -> Point:
+        """The network that `model` is."""
+        return next(point for point in self.points if point.chosen)
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A network of the search.
+
+    Attributes:
+        places: Index of each site's option.
+        network: The edited network, in eval mode.
+        done: What was done at each site that changed.
+        point: What was measured.
+        share: Of the original's multiply-adds, parameters or time, in the unit of the bench.
+    """
+
+    places: Places
+    network: nn.Module
+    done: Mapping[str, Decision]
+    point: Point
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """How networks are made and measured.
+
+    Attributes:
+        choices: The original and the options of its sites.
+        judge: Measures how far outputs are from the original's.
+        validate: Accuracy in percent, None without labels.
+        batch: Images of a timed batch.
+        unit: What a budget is in: `macs`, `params` or `latency`.
+        tell: Called with a line of text for each network.
+    """
+
+    choices: Choices
+    judge: Judge
+    validate: Callable[[nn.Module], float] | None
+    batch: int
+    unit: Unit
+    tell: Tell
+
+    def make(self, name: str, origin: str, places: Places) -> Made:
+        """The network with one option a site."""
+        network, done = carry_out(self.choices, places)
+        whole, point = self.measure(name, origin, network)
+        self.tell(f"{name}: damage {point.damage:.4f}, {point.macs:.4g} MACs, {point.ms:.3g} ms")
+        share = _amount(point, self.unit) / _amount(whole, self.unit)
+        return Made(places, network, done, point, share)
+
+    def allowed(self, policy: Budget) -> float:
+        """The share of the original's that the budget allows."""
+        whole = _amount(self.measure("", "", self.choices.teacher)[0], self.unit)
+        return absolute(policy.amount, whole) / whole
+
+    def measure(self, name: str, origin: str, network: nn.Module) -> tuple[Point, Point]:
+        """The original and a network as points, timed in turns as `optimize` leaves them."""
+        image, teacher = self.choices.batches[0][:1], self.choices.teacher
+        images = as_batch(image, self.batch)
+        pair = {"original": teacher, "network": network}
+        taken = latency({key: optimize(model, images) for key, model in pair.items()}, images)
+
+        def point(name: str, origin: str, model: nn.Module, key: str, damage: float) -> Point:
+            whole = count(model, image)
+            top1 = None if self.validate is None or key == "original" else self.validate(model)
+            ms = taken[key].median_ms
+            return Point(name, origin, whole.macs, whole.parameters, ms, damage, top1)
+
+        return (
+            point("original", "original", teacher, "original", 0.0),
+            point(name, origin, network, "network", self.judge(network)),
+        )
+
+
+def _amount(point: Point, unit: Unit) -> float:
+    return point.ms if unit == "latency" else float(getattr(point, unit))
+
+
+def measured_damages(bench: Bench, folder: Path | None) -> dict[str, list[float]]:
+    """The damage of each option of each site in the otherwise untouched network."""
+    rows = measured(bench.choices, bench.batch, None, folder, bench.tell)
+    harm = {(row.site, row.op): row.damage for row in rows}
+    return {
+        name: [0.0 if option is None else harm[name, str(option)] for option in options]
+        for name, options in bench.choices.options.items()
+    }
+
+
+def found(
+    model: nn.Module,
+    policy: Budget,
+    bench: Bench,
+    best: Made,
+    points: Sequence[Point],
+    folder: Path | None,
+) -> Found:
+    """The result of a search, measured once more beside the original, and written to `folder`."""
+    choices = bench.choices
+    original, chosen = bench.measure(best.point.name, best.point.origin, best.network)
+    if bench.validate is not None:
+        original = replace(original, top1=bench.validate(choices.teacher))
+    times = site_times(choices, bench.batch)
+    saved = sum(times[name][0] - times[name][place] for name, place in best.places.items())
+    name = policy.name.replace("budget(", "search(", 1)
+    fast, plan = finished(model, best.network, name, choices, best.done, "kept by the search")
+    remember(fast, plan)
+    marked = tuple(
+        replace(point, ms=chosen.ms, chosen=True) if point is best.point else point
+        for point in points
+    )
+    result = Found(fast, plan, marked, original, round(original.ms - saved, 6))
+    if folder is not None:
+        write_json(folder / RESULT, _as_values(policy, result))
+    return result
+
+
+def _as_values(policy: Budget, found: Found) -> dict[str, Any]:
+    return {
+        "unit": policy.unit,
+        "original": asdict(found.original),
+        "points": [asdict(point) for point in found.points],
+        "predicted_ms": found.predicted_ms,
+        "measured_ms": found.chosen.ms,
+        "plan": found.plan.to_dict(),
+    }

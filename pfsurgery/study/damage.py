@@ -1,0 +1,98 @@
+"""What the network's output suffers when a site becomes something else, after the cheap repair."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from pfsurgery.graph import GraphView, view
+from pfsurgery.modules import get_module, set_module
+from pfsurgery.recover.capture import outputs
+from pfsurgery.recover.choices import Choices
+from pfsurgery.recover.options import Option
+from pfsurgery.recover.polish import distance
+from pfsurgery.recover.sequence import aim_at, fitting_problem, goals_of, place, place_fit
+from pfsurgery.sites import Site
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """Held-out images, and what the original gives for them.
+
+    Attributes:
+        batches: Images (N, C, H, W), one batch each.
+        wanted: The original's outputs.
+    """
+
+    batches: Sequence[Tensor]
+    wanted: Tensor
+
+    def __call__(self, model: nn.Module) -> float:
+        """How far the outputs of `model` are from the original's; see `distance`."""
+        return distance(self.wanted, outputs(model, self.batches))
+
+
+def judge_of(choices: Choices) -> Judge:
+    """The judge that compares with the original of `choices`."""
+    return Judge(choices.judges, outputs(choices.teacher, choices.judges))
+
+
+def damages(
+    choices: Choices,
+    context: nn.Module,
+    site: Site,
+    options: Sequence[Option | None],
+    measure: Callable[[nn.Module], Found],
+    seen: GraphView | None = None,
+) -> list[Found]:
+    """What is measured of `context` with each of the options at a site.
+
+    An option is fitted where it stands, on what the site reads in `context`, and repaired as in a
+    conversion: its own weights or the pointwise layer behind it are solved in closed form.
+
+    Args:
+        choices: The original and its images.
+        context: The original, or a network made from it; left as it was.
+        site: The site.
+        options: What it becomes; None is its convolution.
+        measure: What to measure of each network, such as a `Judge`.
+        seen: The graph view of the original, if there is one already.
+    """
+    teacher, batches = choices.teacher, choices.batches
+    seen = view(teacher, (batches[0][:1],)) if seen is None else seen
+    screen = choices.screens.get(site.name)
+    before, convolution = get_module(context, site.name), get_module(teacher, site.name)
+    problem = None
+    found: list[Found] = []
+    try:
+        for option in options:
+            _set(context, site, convolution)
+            if option is None:
+                found.append(measure(context))
+                continue
+            aim = aim_at(teacher, site, option, seen)
+            if option.form in ("bare", "op"):  # these change more than the site
+                (goals,) = goals_of(teacher, [aim], batches)
+                own = copy.deepcopy(context)
+                place(teacher, own, aim, goals, batches, seen)
+                found.append(measure(own))
+                continue
+            if problem is None:
+                (goals,) = goals_of(teacher, [aim], batches)
+                problem = fitting_problem(teacher, context, aim, goals, batches, screen)
+            place_fit(context, aim, problem, screen)
+            found.append(measure(context))
+    finally:
+        _set(context, site, before)
+    return found
+
+
+def _set(model: nn.Module, site: Site, module: nn.Module) -> None:
+    for name in site.names:
+        set_module(model, name, module)

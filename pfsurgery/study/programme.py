@@ -1,0 +1,63 @@
+"""Choosing one option a site exactly, as a mixed-integer programme."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+
+import numpy as np
+
+from pfsurgery.errors import PolicyError, needs
+from pfsurgery.recover.hull import Point
+
+_SECONDS = 10  # of the solver's time; what it has found by then is used
+_SLACK = 1e-6  # of the budget: what the solver takes as equal may be above it
+
+
+def programme(options: Mapping[str, Sequence[Point]], budget: float) -> dict[str, int]:
+    """Chooses one option a site so that the summed damage is least within a budget.
+
+    With x_so = 1 where site s takes option o: minimise the sum of damage_so x_so, where the x_so of
+    each site sum to 1 and the sum of cost_so x_so is at most `budget`. This is the multiple-choice
+    knapsack problem; HiGHS solves it through `scipy.optimize.milp`. `recover.hull.spend` solves its
+    linear relaxation, rounded down.
+
+    Args:
+        options: For each site the (cost, damage) of its options.
+        budget: What all sites together may cost, in the unit of the costs.
+
+    Returns:
+        For each site the index of its option.
+
+    Raises:
+        PolicyError: Even the cheapest options cost more than the budget.
+        MissingExtraError: SciPy is not installed.
+    """
+    with needs("study", "Choosing by a programme"):
+        from scipy.optimize import Bounds, LinearConstraint, milp
+        from scipy.sparse import block_diag
+    least = sum(min(cost for cost, _ in points) for points in options.values())
+    if least > budget:
+        raise PolicyError(
+            f"A budget of {budget:.4g} for {len(options)} sites cannot be met: the least that they "
+            f"can cost is {least:.4g}. Ask for that or more, or let more sites be converted."
+        )
+    costs, damages = np.array(list(chain.from_iterable(options.values()))).T
+    one_each = block_diag([np.ones((1, len(points))) for points in options.values()])
+    scale = max(costs.max(), 1e-30)
+    allowed = max(least, budget * (1 - _SLACK))
+    solved = milp(
+        damages / max(np.abs(damages).max(), 1e-30),
+        integrality=np.ones_like(damages),
+        bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(costs[None] / scale, -np.inf, allowed / scale),
+        ],
+        options={"time_limit": _SECONDS},
+    )
+    if solved.x is None:
+        raise PolicyError(f"The choice of forms was not solved: {solved.message}")
+    edges = np.cumsum([len(points) for points in options.values()])[:-1]
+    taken = np.split(solved.x, edges)
+    return {site: int(x.argmax()) for site, x in zip(options, taken, strict=True)}

@@ -1,0 +1,260 @@
+"""What each site and each operation costs and gains, one at a time."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from torch import nn
+
+from pfsurgery.convert import marker
+from pfsurgery.errors import SurgeryError
+from pfsurgery.example import Example
+from pfsurgery.files import write_atomically
+from pfsurgery.measure.latency import latency
+from pfsurgery.optimize import optimize
+from pfsurgery.policy import Tell
+from pfsurgery.recover.budget import budget
+from pfsurgery.recover.calibration import as_batch
+from pfsurgery.recover.choices import Choices, read_choices
+from pfsurgery.recover.device import typical_decision, typical_network
+from pfsurgery.recover.options import Option
+from pfsurgery.recover.processes import join_processes
+from pfsurgery.recover.progress import tracked
+from pfsurgery.run_folder import note_run
+from pfsurgery.select import Patterns
+from pfsurgery.sites import Site
+from pfsurgery.study.competitors import on_hull, with_unfitted
+from pfsurgery.study.damage import damages, judge_of
+
+LINES = "sensitivity.jsonl"
+_OPS = ("max_pool", "avg_pool", "shift", "identity")
+_ROUNDS = 15  # of timing the original and the changed network in turns
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """One site, what it became, and what that did to an otherwise untouched network.
+
+    Attributes:
+        site: Name of the site.
+        depth: Where it is, from 0 (input) to 1 (output).
+        kind: Kind of the site.
+        op: Name of the op, or form and widths of a fitted bottleneck.
+        damage: Kullback-Leibler divergence of the class probabilities to the original's, in nats,
+            after the repair at that site; for outputs that are no logits see
+            `pfsurgery.recover.polish.distance`.
+        top1: Accuracy after the repair in percent, None where no `validate` was given.
+        macs: Multiply-adds saved, of one image.
+        params: Parameters saved.
+        ms: Time saved, of one batch, measured in the whole network in turns with the original.
+        seconds: Wall-clock time that all options of the site took together.
+    """
+
+    site: str
+    depth: float
+    kind: str
+    op: str
+    damage: float
+    top1: float | None
+    macs: int
+    params: int
+    ms: float
+    seconds: float
+
+
+def sensitivity(
+    model: nn.Module,
+    images: Any,
+    *,
+    ops: Sequence[str] = _OPS,
+    fitted: int = 4,
+    batch: int = 8,
+    validate: Callable[[nn.Module], float] | None = None,
+    example: Example | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    out: str | Path | None = None,
+    tell: Tell = lambda line: None,
+) -> tuple[Sensitivity, ...]:
+    """Change each site in each way, alone, repair it in closed form, and measure cost and gain.
+
+    No labels are needed: the damage is how far the outputs on held-out images move. Sites are
+    shared among the processes that `torchrun` or `accelerate launch` started.
+
+    Args:
+        model: The trained model; left as it is.
+        images: A few hundred unlabelled images, as `pfsurgery.recalibrate` takes them; a tenth is
+            held out to measure the damage.
+        ops: Ops that are not fitted, see `pfsurgery.list_ops`.
+        fitted: Most bottlenecks fitted to the images at each site, from cheap to good; 0 for none.
+        batch: Images of a timed batch.
+        validate: Accuracy in percent of a model, if labels are at hand.
+        example: As for `pfsurgery.plan`.
+        include: Patterns of the sites that are measured.
+        exclude: Patterns of sites that are not.
+        out: Folder for `sensitivity.jsonl`, one line an option, written as each site is done. A run
+            that was stopped goes on behind the sites that are there.
+        tell: Called with a line of text for each site.
+
+    Returns:
+        One for each site and option, the smallest damage for the multiply-adds saved first.
+
+    Raises:
+        SurgeryError: The model has no sites, the images do not fit, or `out` cannot be written or
+            holds a damaged line.
+    """
+    folder = None if out is None else Path(out)
+    policy = budget(macs="50%")
+    mark = marker(model, policy, example, include, exclude, None)
+    choices = read_choices(model, mark, images, policy.forms if fitted else (), tell)
+    rivals = with_unfitted(on_hull(choices, fitted), ops)
+    if folder is not None and _is_first():
+        note_run(folder, "sensitivity", model=type(model).__name__)
+    return ranked(measured(rivals, batch, validate, folder, tell))
+
+
+def measured(
+    choices: Choices,
+    batch: int,
+    validate: Callable[[nn.Module], float] | None,
+    folder: Path | None,
+    tell: Tell,
+) -> tuple[Sensitivity, ...]:
+    """A row for each option of each site, in the order of the sites; arguments as `sensitivity`."""
+    if folder is not None and _is_first():
+        _mend(folder / LINES)
+    rows = list(read_sensitivity(folder)) if folder is not None else []
+    known = {(row.site, row.op) for row in rows}
+    left = [site for site in choices.sites if not _labels(choices, site) <= known]
+    for site in _mine(tracked(left, "measuring sites")):
+        lines = _measure(choices, site, batch, validate)
+        rows += lines
+        if folder is not None:
+            _append(folder / LINES, lines)
+        tell(f"{site.name}: {_summary(lines)}")
+    return _all_rows(rows, folder)
+
+
+def _labels(choices: Choices, site: Site) -> set[tuple[str, str]]:
+    return {(site.name, str(option)) for option in choices.options[site.name] if option is not None}
+
+
+def ranked(rows: Iterable[Sensitivity]) -> tuple[Sensitivity, ...]:
+    """The rows by damage for each multiply-add saved; those that save nothing last."""
+    return tuple(sorted(rows, key=lambda row: (row.macs <= 0, row.damage / max(1, row.macs))))
+
+
+def _measure(
+    choices: Choices, site: Site, batch: int, validate: Callable[[nn.Module], float] | None
+) -> list[Sensitivity]:
+    started = time.perf_counter()
+    options = [option for option in choices.options[site.name] if option is not None]
+    judge = judge_of(choices)
+
+    def measure(model: nn.Module) -> tuple[float, float | None]:
+        return judge(model), None if validate is None else validate(model)
+
+    harm = damages(choices, choices.teacher, site, options, measure)
+    saved = _times_saved(choices, site, options, batch)
+    seconds = round(time.perf_counter() - started, 3)
+    lines = []
+    for option, (damage, top1), ms in zip(options, harm, saved, strict=True):
+        decision = typical_decision(site, option)
+        macs = decision.macs_saved // site.input_shape[0]
+        params = decision.parameters_saved
+        where = (site.name, site.depth, site.kind, str(option))
+        lines.append(Sensitivity(*where, damage, top1, macs, params, ms, seconds))
+    return lines
+
+
+def _times_saved(
+    choices: Choices, site: Site, options: Sequence[Option], batch: int
+) -> list[float]:
+    """The ms that each option saves in the whole network, as `optimize` leaves both."""
+    images = as_batch(choices.batches[0][:1], batch)
+    original = optimize(choices.teacher, images)
+    saved = []
+    for option in options:
+        trial = typical_network(choices.teacher, [site], {site.name: option})
+        pair = {"original": original, "trial": optimize(trial, images)}
+        taken = latency(pair, images, repeats=_ROUNDS)
+        times = zip(taken["original"].times_ms, taken["trial"].times_ms, strict=True)
+        saved.append(median(before - after for before, after in times))
+    return saved
+
+
+def _summary(lines: Sequence[Sensitivity]) -> str:
+    best = min(lines, key=lambda line: line.damage, default=None)
+    return "nothing can take its place" if best is None else f"{best.op} costs {best.damage:.4f}"
+
+
+def read_sensitivity(folder: Path) -> tuple[Sensitivity, ...]:
+    """The rows of a run folder, as many as there are yet; a line that was cut off is left out.
+
+    Raises:
+        SurgeryError: A line is not what `sensitivity` writes.
+    """
+    path = folder / LINES
+    if not path.exists():
+        return ()
+    known = {field.name for field in fields(Sensitivity)}
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            continue
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError:
+            values = None
+        if not isinstance(values, dict) or set(values) != known:
+            raise SurgeryError(f"{path}, line {number}, is not a measured site; remove the line.")
+        rows.append(Sensitivity(**values))
+    return tuple(rows)
+
+
+def _mend(path: Path) -> None:
+    """Remove what a killed write left of a line."""
+    if path.exists() and not (text := path.read_bytes()).endswith(b"\n"):
+        write_atomically(path, text[: text.rfind(b"\n") + 1])
+
+
+def _append(path: Path, lines: Sequence[Sensitivity]) -> None:
+    """Add all lines of a site in one write, so that processes do not cut each other's."""
+    text = "".join(json.dumps(asdict(line)) + "\n" for line in lines)
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise SurgeryError(f"{path} cannot be written: {error.strerror}.") from None
+
+
+def _is_first() -> bool:
+    state = join_processes()
+    return state is None or bool(state.is_main_process)
+
+
+def _mine(sites: Iterator[Site]) -> Iterator[Site]:
+    """This process's share of the sites."""
+    state = join_processes()
+    for place, site in enumerate(sites):
+        if state is None or place % state.num_processes == state.process_index:
+            yield site
+
+
+def _all_rows(rows: list[Sensitivity], folder: Path | None) -> tuple[Sensitivity, ...]:
+    """The rows of all processes, which meet here."""
+    state = join_processes()
+    if state is None:
+        return tuple(rows)
+    if folder is None:
+        from accelerate.utils import gather_object
+
+        return tuple(dict.fromkeys(gather_object(rows)))
+    state.wait_for_everyone()
+    return read_sensitivity(folder)
