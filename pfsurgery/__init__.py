@@ -6,6 +6,7 @@ from pfsurgery.base import Base, set_base
 from pfsurgery.checkpoint import load, save
 from pfsurgery.convert import convert, convert_, plan
 from pfsurgery.errors import SurgeryError
+from pfsurgery.fastest import Fastest
 from pfsurgery.hub import push
 from pfsurgery.measure import Comparison, Measurement, compare, measure
 from pfsurgery.ops import Op, Support, list_ops, register_op
@@ -24,6 +25,7 @@ from pfsurgery.recover import (
 )
 from pfsurgery.scan import scan
 from pfsurgery.sites import Geometry, Neighbours, Site, register_convolution
+from pfsurgery.study import search, sensitivity
 
 __version__ = "0.1.0"
 
@@ -31,6 +33,7 @@ __all__ = [
     "Base",
     "Comparison",
     "Decision",
+    "Fastest",
     "FinetuneConfig",
     "Geometry",
     "Measurement",
@@ -68,5 +71,7 @@ __all__ = [
     "register_policy",
     "save",
     "scan",
+    "search",
+    "sensitivity",
     "set_base",
 ]

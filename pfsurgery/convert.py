@@ -15,7 +15,7 @@ from pfsurgery.example import Example, example_inputs
 from pfsurgery.graph import view
 from pfsurgery.modularise import modularise
 from pfsurgery.plan import Mixing, Plan, make_plan
-from pfsurgery.policy import DataPolicy, PolicyLike, Tell, get_policy
+from pfsurgery.policy import DataPolicy, DevicePolicy, PolicyLike, Tell, get_policy
 from pfsurgery.record import remember
 from pfsurgery.rewrite import apply_plan
 from pfsurgery.scan import refuse_wrapped, scan
@@ -53,9 +53,10 @@ def plan(
             policy, an op or a pattern does not exist. The message says what to do.
     """
     chosen = get_policy(policy)
+    sites = scan(model, example, attention=chosen.attention)
     return make_plan(
-        scan(model, example, attention=chosen.attention),
-        chosen,
+        sites,
+        chosen.on(model) if isinstance(chosen, DevicePolicy) else chosen,
         include=include,
         exclude=exclude,
         where=where,

@@ -109,7 +109,7 @@ def decide(
     if rule is None:
         return Decision(site, KEEP, reason="no rule matches")
     if rule.op == KEEP:
-        return Decision(site, KEEP, reason="a rule keeps it")
+        return Decision(site, KEEP, reason=rule.why or "a rule keeps it")
     op = get_op(rule.op)
     why_not = site.blocked
     if why_not is None and op.attention != (site.kind == "attention"):
@@ -128,7 +128,7 @@ def decide(
         why_not = f"{rule.op} would need a pointwise convolution, and mixing is 'never'"
     if why_not is not None:
         return Decision(site, KEEP, reason=why_not)
-    return Decision(site, rule.op, pointwise, rule.tail, _why(site, pointwise))
+    return Decision(site, rule.op, pointwise, rule.tail, rule.why or _why(site, pointwise))
 
 
 def _support(op: Op, site: Site) -> Support:

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import yaml
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ class Rule:
         bottleneck: True for sites between two pointwise convolutions.
         same_channels: True for sites with as many output as input channels.
         where: Any further condition, as a function of the site (Python only).
+        why: What the plan gives as the reason; a reason of the rule's kind where it is empty.
     """
 
     op: str
@@ -54,6 +55,7 @@ class Rule:
     bottleneck: bool | None = None
     same_channels: bool | None = None
     where: Where | None = None
+    why: str = ""
 
     def __post_init__(self) -> None:
         if self.op != KEEP:
@@ -218,6 +220,22 @@ class SitePolicy(Protocol):
 
 
 @runtime_checkable
+class DevicePolicy(SitePolicy, Protocol):
+    """A policy that measures on the device of the model, such as `fastest`."""
+
+    @property
+    def summary(self) -> str:
+        """One line for listings."""
+
+    @property
+    def attention(self) -> bool:
+        """Whether self-attentions are sites for it."""
+
+    def on(self, model: nn.Module) -> DevicePolicy:
+        """The policy for the device of `model`."""
+
+
+@runtime_checkable
 class DataPolicy(SitePolicy, Protocol):
     """A policy that fits what it chooses to images, such as `budget`."""
 
@@ -234,12 +252,14 @@ class DataPolicy(SitePolicy, Protocol):
         """
 
 
-PolicyLike = Policy | FunctionPolicy | str | Path | SiteFunction
+NamedPolicy = Policy | FunctionPolicy | DevicePolicy
+PolicyLike = NamedPolicy | str | Path | SiteFunction
 
-_REGISTRY: dict[str, Policy] = {}
+_REGISTRY: dict[str, NamedPolicy] = {}
+Registered = TypeVar("Registered", bound=NamedPolicy)
 
 
-def register_policy(policy: Policy) -> Policy:
+def register_policy(policy: Registered) -> Registered:
     """Make `policy` available under its name.
 
     Raises:
@@ -253,14 +273,14 @@ def register_policy(policy: Policy) -> Policy:
     return policy
 
 
-def get_policy(policy: PolicyLike) -> Policy | FunctionPolicy:
+def get_policy(policy: PolicyLike) -> NamedPolicy:
     """The policy that a name, a YAML path, or a function of a site stands for.
 
     Raises:
         UnknownNameError: No policy has that name; the message lists the closest.
         PolicyError: The YAML file is not a policy.
     """
-    if isinstance(policy, Policy | FunctionPolicy):
+    if isinstance(policy, Policy | FunctionPolicy | DevicePolicy):
         return policy
     if isinstance(policy, Path) or (isinstance(policy, str) and policy.endswith((".yaml", ".yml"))):
         return Policy.from_yaml(policy)

@@ -45,7 +45,6 @@ def test_spending_goes_where_it_removes_most() -> None:
         "b": [(1.0, 0.5), (2.0, 0.4), (9.0, 0.0)],
     }
     assert spend(options, 3.0) == {"a": 1, "b": 0}
-    assert spend(options, 3.0, {"a": 1.0, "b": 10.0}) == {"a": 0, "b": 1}
     assert spend(options, 18.0) == {"a": 2, "b": 2}
 
 

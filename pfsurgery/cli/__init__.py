@@ -20,6 +20,7 @@ from pfsurgery.cli.plan import plan
 from pfsurgery.cli.push import push
 from pfsurgery.cli.recover import recover
 from pfsurgery.cli.scan import scan
+from pfsurgery.cli.search import search
 from pfsurgery.cli.study import app as study
 from pfsurgery.errors import NoEffectWarning, SurgeryError
 from pfsurgery.recover.stop import StoppedError
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make trained vision models faster with parameter-free layers.",
 )
-for command in (demo, finetune, scan, plan, convert, recover, compare, push, ops, policies):
+for command in (demo, finetune, scan, plan, convert, recover, search, compare, push, ops, policies):
     app.command()(command)
 app.command("eval")(evaluate)
 app.add_typer(study, name="study")

@@ -16,8 +16,9 @@ from pfsurgery.policy import Rule, Tell
 from pfsurgery.recover.calibration import as_batch
 from pfsurgery.recover.choices import Choices, carry_out, finished, read_choices
 from pfsurgery.recover.device import choose_by_latency
+from pfsurgery.recover.drop import cheapest_within
 from pfsurgery.recover.fit import Form
-from pfsurgery.recover.hull import Pick, spend
+from pfsurgery.recover.hull import Pick, Point, spend
 from pfsurgery.recover.options import Option
 from pfsurgery.recover.sequence import reuse
 from pfsurgery.sites import Site
@@ -39,6 +40,8 @@ class Budget:
         params: Parameters, absolute or a share, None if free.
         latency: Time of one batch in ms, absolute or a share, None if free.
         batch: Images of that batch.
+        max_drop: Points of accuracy that may be lost, None if that is not the limit.
+        validate: Gives the accuracy of a model in percent, for `max_drop`.
         forms: Which bottlenecks are considered, see `pfsurgery.structure.Structure`.
         pointwise: 1x1 convolutions take part too.
     """
@@ -47,13 +50,20 @@ class Budget:
     params: Amount | None = None
     latency: Amount | None = None
     batch: int = 8
+    max_drop: float | None = None
+    validate: Callable[[nn.Module], float] | None = None
     forms: tuple[Form, ...] = _ANY
     pointwise: bool = False
 
     @property
     def name(self) -> str:
         """What plans call the policy."""
-        limits = {"macs": self.macs, "params": self.params, "latency": self.latency}
+        limits = {
+            "macs": self.macs,
+            "params": self.params,
+            "latency": self.latency,
+            "max_drop": self.max_drop,
+        }
         limit = ", ".join(f"{key}={value}" for key, value in limits.items() if value is not None)
         return f"budget({limit}{'' if 'thin' in self.forms else ', thin=False'})"
 
@@ -62,12 +72,12 @@ class Budget:
         """What it limits."""
         if self.latency is not None:
             return "latency"
-        return "params" if self.macs is None else "macs"
+        return "macs" if self.params is None else "params"
 
     @property
     def amount(self) -> Amount:
         """The limit, absolute or a share."""
-        return next(v for v in (self.macs, self.params, self.latency) if v is not None)
+        return next(v for v in (self.macs, self.params, self.latency, "100%") if v is not None)
 
     def decide(self, site: Site) -> Rule | None:
         """Every site that can be fitted takes part."""
@@ -89,10 +99,14 @@ class Budget:
             tell: Called with a line of text as each site is done.
         """
         choices = read_choices(model, mark, images, self.forms, tell)
-        places, times = self.choose(choices, tell)
-        student, done = carry_out(choices, places, tell)
-        if times is not None:
-            done = {name: _with_time(d, times[name], places[name]) for name, d in done.items()}
+        if self.max_drop is not None and self.validate is not None:
+            points = self._points(choices, relative_errors(choices))
+            student, done = cheapest_within(choices, points, self.max_drop, self.validate, tell)
+        else:
+            places, times = self.choose(choices, tell)
+            student, done = carry_out(choices, places, tell)
+            if times is not None:
+                done = {name: _with_time(d, times[name], places[name]) for name, d in done.items()}
         kept = "the budget is better spent on keeping it"
         return finished(model, student, self.name, choices, done, kept)
 
@@ -117,28 +131,30 @@ class Budget:
         Raises:
             PolicyError: The budget cannot be met; the message says what the least is.
         """
-        damage = points or {
-            name: [0.0 if option is None else option.error for option in options]
-            for name, options in choices.options.items()
-        }
+        damage = relative_errors(choices) if points is None else points
         if self.unit == "latency":
             allowed = partial(absolute, self.amount)
             images = as_batch(choices.batches[0][:1], self.batch)
             return choose_by_latency(choices, images, allowed, damage, pick, tell)
-        offered = {
+        return pick(self._points(choices, damage), self._allowed(choices)), None
+
+    def _points(
+        self, choices: Choices, damage: Mapping[str, Sequence[float]]
+    ) -> dict[str, list[Point]]:
+        """Cost and damage of each option of each site."""
+        return {
             site.name: [
                 (self.cost(site, option), harm)
                 for option, harm in zip(choices.options[site.name], damage[site.name], strict=True)
             ]
             for site in choices.sites
         }
-        return pick(offered, self._allowed(choices)), None
 
     def cost(self, site: Site, option: Option | None) -> float:
         """What a site costs: multiply-adds of one image, or parameters."""
         geometry = site.geometry
         positions = site.positions / site.input_shape[0]
-        if self.macs is not None:
+        if self.unit != "params":
             return (geometry.macs_per_position if option is None else option.macs) * positions
         if option is None:
             return geometry.parameters
@@ -155,7 +171,7 @@ class Budget:
         from pfsurgery.measure import count
 
         whole = count(choices.teacher, choices.batches[0][:1])
-        total = whole.macs if self.macs is not None else whole.parameters
+        total = whole.parameters if self.unit == "params" else whole.macs
         least = total - sum(self.cost(site, None) for site in choices.sites)
         asked = absolute(self.amount, total)
         if asked < least:
@@ -171,6 +187,8 @@ def budget(
     params: Amount | None = None,
     latency: Amount | None = None,
     *,
+    max_drop: float | None = None,
+    validate: Callable[[nn.Module], float] | None = None,
     batch: int = 8,
     thin: bool = True,
     pointwise: bool = False,
@@ -187,7 +205,10 @@ def budget(
             the whole model's.
         params: The same for parameters.
         latency: The same for the time of a batch, in ms, as measured on the model's device with
-            both models as `pfsurgery.optimize` leaves them. Give one of the three limits.
+            both models as `pfsurgery.optimize` leaves them.
+        max_drop: Points of accuracy that may be lost: the cheapest conversion within it is looked
+            for, in a few trials, each of which is fitted and validated. Give one of these limits.
+        validate: A function from a model to its accuracy in percent, for `max_drop`.
         batch: Images of a timed batch.
         thin: Consider the thin dense form, which is not parameter-free.
         pointwise: Treat 1x1 convolutions in the same way, with the channel itself as the only
@@ -196,17 +217,27 @@ def budget(
     Raises:
         PolicyError: Not exactly one limit is given, or it is malformed.
     """
-    given = [limit for limit in (macs, params, latency) if limit is not None]
+    given = [limit for limit in (macs, params, latency, max_drop) if limit is not None]
     if len(given) != 1:
         raise PolicyError(
-            'A budget has one limit: budget(macs="25%"), budget(params="40%") or '
-            'budget(latency="60%").'
+            'A budget has one limit: budget(macs="25%"), budget(params="40%"), '
+            'budget(latency="60%") or budget(max_drop=1.0, validate=...).'
         )
+    if (max_drop is None) != (validate is None):
+        raise PolicyError("max_drop and validate go together: a drop is known by validating.")
     if batch < 1:
         raise PolicyError(f"A batch has 1 image or more, not {batch}.")
     absolute(given[0], 1.0)
     forms = _ANY if thin else _PARAMETER_FREE
-    return Budget(macs, params, latency, batch, forms, pointwise)
+    return Budget(macs, params, latency, batch, max_drop, validate, forms, pointwise)
+
+
+def relative_errors(choices: Choices) -> dict[str, list[float]]:
+    """The relative error of each option of each site, as it was read."""
+    return {
+        name: [0.0 if option is None else option.error for option in options]
+        for name, options in choices.options.items()
+    }
 
 
 def absolute(amount: Amount | None, whole: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ _NAME = "pfsurgery"
 _HEARTBEAT_S = 60  # a process that was silent for twice as long is taken for dead
 _FINGERPRINT = "options"
 _FACTS = "facts"
+_ATTEMPTS = 3
 
 Places = dict[str, int]
 Outcome = tuple[float, float, dict[str, Any]]  # damage, cost, and what else is known
@@ -105,18 +107,7 @@ def _opened(storage: str | Path, setting: dict[str, Any]) -> optuna.Study:
         import optuna
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     text = str(storage)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats
-            study = optuna.create_study(
-                study_name=_NAME,
-                storage=_storage(text),
-                sampler=optuna.samplers.NSGAIISampler(population_size=16),
-                directions=("minimize", "minimize"),
-                load_if_exists=True,
-            )
-    except Exception as error:  # each kind of storage raises its own
-        raise SurgeryError(f"The storage {text} cannot be opened: {error}") from error
+    study = _created(text)
     for key, value in setting.items():
         before = study.user_attrs.get(key)
         if before is None:
@@ -127,6 +118,27 @@ def _opened(storage: str | Path, setting: dict[str, Any]) -> optuna.Study:
                 f"{value!r:.200} now. Take another storage, or the same setting."
             )
     return study
+
+
+def _created(text: str) -> optuna.Study:
+    import optuna
+
+    for attempt in range(_ATTEMPTS):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats
+                return optuna.create_study(
+                    study_name=_NAME,
+                    storage=_storage(text),
+                    sampler=optuna.samplers.NSGAIISampler(population_size=16),
+                    directions=("minimize", "minimize"),
+                    load_if_exists=True,
+                )
+        except Exception as error:  # each kind of storage raises its own
+            if attempt == _ATTEMPTS - 1:
+                raise SurgeryError(f"The storage {text} cannot be opened: {error}") from error
+            time.sleep(1)  # another process may be making it at this moment
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _storage(text: str) -> Any:

@@ -11,7 +11,7 @@ from pfsurgery.errors import PolicyError, needs
 from pfsurgery.recover.hull import Point
 
 _SECONDS = 10  # of the solver's time; what it has found by then is used
-_SLACK = 1e-6  # of the budget: what the solver takes as equal may be above it
+_SLACK = 1e-5  # of the largest cost: the solver takes sums that are this near as equal
 
 
 def programme(options: Mapping[str, Sequence[Point]], budget: float) -> dict[str, int]:
@@ -33,26 +33,34 @@ def programme(options: Mapping[str, Sequence[Point]], budget: float) -> dict[str
         PolicyError: Even the cheapest options cost more than the budget.
         MissingExtraError: SciPy is not installed.
     """
-    with needs("study", "Choosing by a programme"):
-        from scipy.optimize import Bounds, LinearConstraint, milp
-        from scipy.sparse import block_diag
     least = sum(min(cost for cost, _ in points) for points in options.values())
     if least > budget:
         raise PolicyError(
             f"A budget of {budget:.4g} for {len(options)} sites cannot be met: the least that they "
             f"can cost is {least:.4g}. Ask for that or more, or let more sites be converted."
         )
+    places = _solved(options, budget)
+    if sum(options[site][place][0] for site, place in places.items()) > budget:
+        scale = max(cost for points in options.values() for cost, _ in points)
+        places = _solved(options, max(least, budget - _SLACK * scale))
+    return places
+
+
+def _solved(options: Mapping[str, Sequence[Point]], budget: float) -> dict[str, int]:
+    """The programme's solution; its cost may be above the budget by the solver's tolerance."""
+    with needs("study", "Choosing by a programme"):
+        from scipy.optimize import Bounds, LinearConstraint, milp
+        from scipy.sparse import block_diag
     costs, damages = np.array(list(chain.from_iterable(options.values()))).T
     one_each = block_diag([np.ones((1, len(points))) for points in options.values()])
     scale = max(costs.max(), 1e-30)
-    allowed = max(least, budget * (1 - _SLACK))
     solved = milp(
         damages / max(np.abs(damages).max(), 1e-30),
         integrality=np.ones_like(damages),
         bounds=Bounds(0, 1),
         constraints=[
             LinearConstraint(one_each, 1, 1),
-            LinearConstraint(costs[None] / scale, -np.inf, allowed / scale),
+            LinearConstraint(costs[None] / scale, -np.inf, budget / scale),
         ],
         options={"time_limit": _SECONDS},
     )

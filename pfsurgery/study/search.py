@@ -74,7 +74,7 @@ def search(
         PolicyError: The budget cannot be met; the message says what the least is.
         MissingExtraError: SciPy is not installed.
     """
-    folder = _noted(model, out)
+    folder = _noted(model, policy, out)
     mark = marker(model, policy, example, include, exclude, None)
     choices = on_hull(read_choices(model, mark, images, policy.forms, tell), _FITTED)
     rivals = with_unfitted(choices, ops)
@@ -138,7 +138,7 @@ def search_front(
         SurgeryError: The storage cannot be opened, or belongs to another search.
         MissingExtraError: Optuna or SciPy is not installed.
     """
-    folder = _noted(model, out)
+    folder = _noted(model, policy, out)
     if storage is None and folder is None:
         raise PolicyError("A search with Optuna needs a place for its trials: give out or storage.")
     mark = marker(model, policy, example, include, exclude, None)
@@ -174,8 +174,13 @@ def search_front(
     return found(model, policy, bench, made, [*others, made.point], folder)
 
 
-def _noted(model: nn.Module, out: str | Path | None) -> Path | None:
+def _noted(model: nn.Module, policy: Budget, out: str | Path | None) -> Path | None:
     """The run folder, with what is known of the run so far."""
+    if policy.max_drop is not None:
+        raise PolicyError(
+            "A search spends macs, params or latency. For a drop of accuracy convert with "
+            "budget(max_drop=..., validate=...)."
+        )
     if out is None:
         return None
     note_run(out, "search", model=type(model).__name__)

@@ -1,0 +1,103 @@
+"""`pfsurgery search`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from pfsurgery.batches import unlabelled_images
+from pfsurgery.checkpoint import save
+from pfsurgery.cli import options, show
+from pfsurgery.errors import PolicyError
+from pfsurgery.job import first_images, writable
+from pfsurgery.recover import Budget, budget
+from pfsurgery.study.search import search as search_model
+from pfsurgery.study.search import search_front
+from pfsurgery.study.tables import found_table
+
+MODEL = "model"
+_METHODS = ("programme", "optuna")
+
+
+def search(
+    model: options.Model,
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="What the result may cost: macs=25%, params=40%, latency=60% or numbers."
+        ),
+    ],
+    data: options.Data,
+    out: Annotated[Path, typer.Option(help="Directory for the model and all that was measured.")],
+    method: Annotated[
+        str, typer.Option(help="programme (minutes) or optuna (as many networks as --trials).")
+    ] = "programme",
+    trials: Annotated[int, typer.Option(help="For optuna: networks in all.", min=1)] = 50,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            help="For optuna: a .db or .log file or a database URL that machines share; --out has "
+            "its own otherwise."
+        ),
+    ] = None,
+    op: Annotated[
+        list[str] | None,
+        typer.Option("--op", help="Ops that compete too; max_pool and avg_pool. Repeatable."),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Images of a timed batch.", min=1)] = 8,
+    thin: options.Thin = True,
+    pretrained: options.Pretrained = True,
+    checkpoint: options.Checkpoint = None,
+    number: Annotated[int, typer.Option("--images", help="How many to use.", min=1)] = 2000,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    num_classes: options.NumClasses = None,
+    model_kwarg: options.ModelKwarg = None,
+) -> None:
+    """Convert within a budget that is spent by the measured damage of each site's forms.
+
+    Run it again with the same --out to go on where it was stopped.
+
+    Example: pfsurgery search --model resnet50 --budget latency=60% --data imagenet/ --out run/
+
+    Example: pfsurgery search -m resnet50 --budget macs=40% --data DIR --out run/ --method optuna
+    """
+    if method not in _METHODS:
+        raise PolicyError(f"--method is {' or '.join(_METHODS)}, not {method!r}.")
+    policy = _policy(budget, batch, thin)
+    writable(out)
+    net = options.opened(model, pretrained, checkpoint, num_classes, model_kwarg)
+    images = first_images(unlabelled_images(data, net), number)
+    front = {"trials": trials, "storage": storage} if method == "optuna" else {}
+    work = search_front if method == "optuna" else search_model
+    found = work(
+        net,
+        policy,
+        images,
+        ops=op or ("max_pool", "avg_pool"),
+        include=include or None,
+        exclude=exclude or None,
+        out=out,
+        tell=show.timed(),
+        **front,
+    )
+    save(found.model, out / MODEL)
+    console = Console()
+    console.print(found_table(found))
+    console.print(
+        f"The model is in {out / MODEL}; pfsurgery report {out} shows the search.", soft_wrap=True
+    )
+
+
+def _policy(text: str, batch: int, thin: bool) -> Budget:
+    key, equals, amount = text.partition("=")
+    if not equals or key not in ("macs", "params", "latency"):
+        raise PolicyError(
+            f"--budget is macs=AMOUNT, params=AMOUNT or latency=AMOUNT, such as macs=25%, "
+            f"not {text!r}."
+        )
+    limit = {key: amount}
+    return budget(**limit, batch=batch, thin=thin)  # type: ignore[arg-type]

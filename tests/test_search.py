@@ -1,0 +1,257 @@
+"""Sensitivity, search by a programme and by Optuna, and the drop that may be allowed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from typer.testing import CliRunner
+
+from pfsurgery import budget, convert, list_policies, load, plan, record, search, sensitivity
+from pfsurgery.cli import app
+from pfsurgery.errors import PolicyError, SurgeryError
+from pfsurgery.measure import count
+from pfsurgery.recover.hull import spend
+from pfsurgery.run_folder import read_run
+from pfsurgery.study.optuna_search import explore
+from pfsurgery.study.programme import programme
+from pfsurgery.study.search import search_front
+from pfsurgery.study.sensitivity import LINES, read_sensitivity
+from tests import zoo
+from tests.test_budget import distance, trained_like
+
+OPS = ("max_pool",)
+POINTS = st.lists(
+    st.lists(
+        st.tuples(st.integers(0, 40).map(float), st.integers(0, 40).map(float)),
+        min_size=1,
+        max_size=4,
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@pytest.fixture(scope="module")
+def images() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(48, 3, 16, 16, generator=generator) for _ in range(2)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(POINTS, st.integers(0, 100))
+def test_the_programme_finds_the_best_choice(sites, budget_):
+    options = {str(i): points for i, points in enumerate(sites)}
+    allowed = [
+        (sum(d for _, d in choice), choice)
+        for choice in product(*sites)
+        if sum(c for c, _ in choice) <= budget_
+    ]
+    if not allowed:
+        with pytest.raises(PolicyError, match="cannot be met"):
+            programme(options, budget_)
+        return
+    places = programme(options, budget_)
+    chosen = [options[name][place] for name, place in places.items()]
+    assert sum(cost for cost, _ in chosen) <= budget_
+    assert sum(damage for _, damage in chosen) == pytest.approx(min(allowed)[0], abs=1e-4)
+    greedy = [options[name][place] for name, place in spend(options, budget_).items()]
+    assert sum(d for _, d in chosen) <= sum(d for _, d in greedy) + 1e-4
+
+
+def test_each_site_is_measured_alone_and_a_stopped_run_goes_on(images, tmp_path):
+    model = trained_like()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    rows = sensitivity(model, images, ops=OPS, fitted=2, out=tmp_path, batch=2)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert {row.site for row in rows} == {"conv1", "conv2", "down.0"}
+    assert {row.op for row in rows if " " not in row.op} == {"max_pool"}
+    fitted = [row for row in rows if row.op != "max_pool"]
+    assert all(row.damage >= 0 and row.macs > 0 for row in rows)
+    assert min(row.damage for row in fitted) < min(
+        row.damage for row in rows if row.op == "max_pool"
+    )
+    assert [row.damage / row.macs for row in rows] == sorted(row.damage / row.macs for row in rows)
+    one = next(row for row in rows if row.op == "max_pool" and row.site == "down.0")
+    alone = plan(model, "maxpool_all", example=images[0][:1], include="down.0")
+    assert one.macs == alone["down.0"].macs_saved
+    assert one.params == alone["down.0"].parameters_saved
+
+    lines = (tmp_path / LINES).read_text().splitlines(keepends=True)
+    gone = [line for line in lines if json.loads(line)["site"] == "conv1"]
+    kept = [line for line in lines if line not in gone]
+    (tmp_path / LINES).write_text("".join(kept) + gone[0][:40])  # as a kill would leave it
+    told: list[str] = []
+    again = sensitivity(model, images, ops=OPS, fitted=2, out=tmp_path, batch=2, tell=told.append)
+    assert [line.split(":")[0] for line in told[-1:]] == ["conv1"]
+    assert {(r.site, r.op, round(r.damage, 6)) for r in again} == {
+        (r.site, r.op, round(r.damage, 6)) for r in rows
+    }
+    assert read_run(tmp_path).kind == "sensitivity"
+    (tmp_path / LINES).write_text('{"site": 1}\n')
+    with pytest.raises(SurgeryError, match="line 1"):
+        read_sensitivity(tmp_path)
+
+
+def test_labels_give_accuracies(images):
+    rows = sensitivity(
+        trained_like(),
+        images,
+        ops=OPS,
+        fitted=0,
+        batch=2,
+        include="conv1",
+        validate=lambda model: 12.5,
+    )
+    assert [(row.site, row.op, row.top1) for row in rows] == [("conv1", "max_pool", 12.5)]
+
+
+def test_a_search_is_within_budget_and_no_further_off_than_equal_errors(images, tmp_path):
+    model = trained_like()
+    only = {"ops": OPS, "out": tmp_path, "include": ["conv1", "conv2"]}
+    found = search(model, budget(macs="50%"), images, **only)
+    one = images[0][:1]
+    assert count(found.model, one).macs <= 0.5 * count(model, one).macs
+    assert found.chosen.damage == min(point.damage for point in found.points)
+    assert {"budget", "sensitivity"} <= {point.origin for point in found.points}
+    assert record(found.model).plans[-1] == found.plan
+    assert found.chosen.macs == count(found.model, one).macs
+    values = json.loads((tmp_path / "search.json").read_text())
+    assert values["unit"] == "macs"
+    assert [point["chosen"] for point in values["points"]].count(True) == 1
+    assert values["predicted_ms"] > 0
+    told: list[str] = []
+    again = search(model, budget(macs="50%"), images, tell=told.append, **only)
+    assert not any("costs" in line for line in told), "what was measured is not measured again"
+    assert again.plan == found.plan
+    torch.testing.assert_close(again.model(one), found.model(one))
+
+
+def test_bare_forms_compete_where_a_pointwise_follows(images):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        zoo.conv_norm_act(3, 8),
+        zoo.conv_norm_act(8, 8),
+        nn.Conv2d(8, 16, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+    rows = sensitivity(model.eval(), images, ops=OPS, fitted=1, batch=2)
+    assert {"bare 8", "max_pool"} <= {row.op for row in rows}
+
+
+def test_optuna_keeps_its_front_and_repeats_nothing(images, tmp_path):
+    model = trained_like()
+    policy = budget(macs="60%")
+    only = {"trials": 6, "out": tmp_path, "include": ["conv1", "conv2"]}
+    found = search_front(model, policy, images, ops=OPS, **only)
+    one = images[0][:1]
+    assert count(found.model, one).macs <= 0.6 * count(model, one).macs
+    front = sorted((p.macs, p.damage) for p in found.points)
+    assert [damage for _, damage in front] == sorted((d for _, d in front), reverse=True)
+    told: list[str] = []
+    again = search_front(model, policy, images, trials=8, ops=OPS, out=tmp_path, tell=told.append)
+    assert not any(line.startswith("tried") for line in told)
+    assert {p.macs for p in again.points} == {p.macs for p in found.points}
+    with pytest.raises(SurgeryError, match="another"):
+        search_front(model, policy, images, ops=(), **only)
+
+
+class _Choices:
+    """Options of two sites, as `explore` reads them."""
+
+    options = {"a": [None, "x", "y"], "b": [None, "z"]}  # noqa: RUF012
+
+
+def _share_a_study(storage: str, log: str) -> None:
+    def evaluate(places):
+        with Path(log).open("a") as file:
+            file.write(f"{places['a']} {places['b']}\n")
+        return float(places["a"]), float(2 - places["a"] + places["b"]), {}
+
+    explore(_Choices(), evaluate, [], trials=20, storage=storage, setting={"unit": "macs"})
+
+
+@pytest.mark.parametrize("kind", ["db", "log"])
+def test_two_processes_share_a_study(tmp_path, kind):
+    storage, log = tmp_path / f"study.{kind}", tmp_path / "evaluated"
+    code = (
+        f"from tests.test_search import _share_a_study as share; share({str(storage)!r}, "
+        f"{str(log)!r})"
+    )
+    workers = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    evaluated = log.read_text().split("\n")[:-1]
+    # Both may begin with the same choice at the same moment; afterwards nothing is repeated.
+    assert len(set(evaluated)) <= len(evaluated) <= len(set(evaluated)) + 2
+    front = explore(
+        _Choices(),
+        lambda places: pytest.fail("the study is complete"),
+        [],
+        trials=20,
+        storage=storage,
+        setting={"unit": "macs"},
+    )
+    assert (0.0, 2.0) in {(trial.damage, trial.cost) for trial in front}
+
+
+def test_the_cheapest_within_a_drop(images):
+    model, one = trained_like(), images[0][:1]
+
+    def likeness(network):
+        return 100 - 100 * distance(model, network, images)
+
+    macs = {}
+    for drop in (0.23, 0.6):
+        fast = convert(model, budget(max_drop=drop, validate=likeness), images=images)
+        assert likeness(fast) >= 100 - drop
+        macs[drop] = count(fast, one).macs
+    assert macs[0.6] < macs[0.23] < count(model, one).macs
+    accuracies = iter([100.0] + 10 * [0.0])
+    with pytest.raises(PolicyError, match="mildest loses 100"):
+        convert(model, budget(max_drop=1, validate=lambda network: next(accuracies)), images=images)
+    with pytest.raises(PolicyError, match="go together"):
+        budget(max_drop=1)
+    with pytest.raises(PolicyError, match="percent, not nan"):
+        convert(model, budget(max_drop=1, validate=lambda network: float("nan")), images=images)
+
+
+def test_fastest_changes_only_what_is_measured_faster():
+    model = trained_like()
+    assert "fastest" in list_policies()
+    chosen = plan(model, "fastest", example=torch.zeros(1, 3, 16, 16))
+    for decision in chosen:
+        if decision.site.stem:
+            assert not decision.replaced
+            continue
+        after, _, before = decision.reason.partition(" ms in place of ")
+        assert decision.replaced == (float(after) < 0.97 * float(before))
+
+
+def test_command_line(tmp_path):
+    run = CliRunner().invoke
+    small = ["--images", "64", "--batch", "1", "--include", "layer4*", "--op", "max_pool"]
+    model = ["--model", "resnet10t", "--no-pretrained", "--num-classes", "10"]
+    model += ["--data", "digits"]
+    study, out = tmp_path / "study", tmp_path / "run"
+    studied = run(
+        app, ["study", "sensitivity", *model, *small, "--out", str(study), "--fitted", "1"]
+    )
+    assert studied.exit_code == 0, studied.output
+    assert (study / "sensitivity.png").stat().st_size > 10_000
+    found = run(app, ["search", *model, *small, "--out", str(out), "--budget", "params=70%"])
+    assert found.exit_code == 0, found.output
+    assert "chosen" in found.output
+    assert record(load(out / "model")).plans[-1].policy == "search(params=70%)"
+    for wrong in ("accuracy=3", "macs"):
+        bad = run(app, ["search", *model, "--out", str(tmp_path / "x"), "--budget", wrong])
+        assert isinstance(bad.exception, PolicyError)
+        assert "macs=25%" in str(bad.exception)
