@@ -162,6 +162,16 @@ def test_recovery_page_runs() -> None:
     assert pfsurgery.record(scope["fast"]).plans[-1].policy.startswith("budget(latency")
 
 
+def test_search_page_runs() -> None:
+    model = resnet("resnet18", [1, 1, 1, 1])
+    images = torch.randn(64, 3, SIZE, SIZE)
+    with torch.no_grad():
+        val = [(images, model(images).argmax(1))]
+    scope = run("docs/search.md", lambda: model, val=val)
+    assert scope["found"].chosen.damage == min(p.damage for p in scope["found"].points)
+    assert pfsurgery.record(scope["fast"]).plans[-1].policy == "budget(max_drop=1.0)"
+
+
 def test_table_of_what_works_on_what_is_what_plan_says() -> None:
     rows = re.findall(
         r"^\| `(\w+)` \|.*?\| (\d+) of (\d+) \| (\d+) % \| (\d+) % \|$",

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from pfsurgery.measure import count
-from pfsurgery.measure.latency import latency
+from pfsurgery.measure.latency import Latency, latency
 from pfsurgery.optimize import optimize
 from pfsurgery.plan import Decision, Plan
 from pfsurgery.policy import Tell
@@ -125,26 +125,28 @@ class Bench:
 
     def allowed(self, policy: Budget) -> float:
         """The share of the original's that the budget allows."""
-        whole = _amount(self.measure("", "", self.choices.teacher)[0], self.unit)
+        teacher, images = self.choices.teacher, self._timed_images()
+        taken = latency({"original": optimize(teacher, images)}, images)["original"]
+        whole = _amount(self._point("original", "original", teacher, taken), self.unit)
         return absolute(policy.amount, whole) / whole
 
     def measure(self, name: str, origin: str, network: nn.Module) -> tuple[Point, Point]:
         """The original and a network as points, timed in turns as `optimize` leaves them."""
-        image, teacher = self.choices.batches[0][:1], self.choices.teacher
-        images = as_batch(image, self.batch)
+        teacher = self.choices.teacher
+        images = self._timed_images()
         pair = {"original": teacher, "network": network}
         taken = latency({key: optimize(model, images) for key, model in pair.items()}, images)
+        original = self._point("original", "original", teacher, taken["original"])
+        found = self._point(name, origin, network, taken["network"])
+        top1 = None if self.validate is None else self.validate(network)
+        return original, replace(found, damage=self.judge(network), top1=top1)
 
-        def point(name: str, origin: str, model: nn.Module, key: str, damage: float) -> Point:
-            whole = count(model, image)
-            top1 = None if self.validate is None or key == "original" else self.validate(model)
-            ms = taken[key].median_ms
-            return Point(name, origin, whole.macs, whole.parameters, ms, damage, top1)
+    def _timed_images(self) -> Tensor:
+        return as_batch(self.choices.batches[0][:1], self.batch)
 
-        return (
-            point("original", "original", teacher, "original", 0.0),
-            point(name, origin, network, "network", self.judge(network)),
-        )
+    def _point(self, name: str, origin: str, model: nn.Module, taken: Latency) -> Point:
+        whole = count(model, self.choices.batches[0][:1])
+        return Point(name, origin, whole.macs, whole.parameters, taken.median_ms, 0.0, None)
 
 
 def _amount(point: Point, unit: Unit) -> float:
