@@ -20,8 +20,9 @@ from pfsurgery.cli import app
 from pfsurgery.errors import PolicyError, SurgeryError
 from pfsurgery.measure import count
 from pfsurgery.recover.hull import spend
+from pfsurgery.recover.options import Option
 from pfsurgery.run_folder import read_run
-from pfsurgery.study.optuna_search import explore
+from pfsurgery.study.optuna_search import explore, open_study
 from pfsurgery.study.programme import programme
 from pfsurgery.study.search import search_front
 from pfsurgery.study.sensitivity import LINES, read_sensitivity
@@ -158,17 +159,17 @@ def test_optuna_keeps_its_front_and_repeats_nothing(images, tmp_path):
     front = sorted((p.macs, p.damage) for p in found.points)
     assert [damage for _, damage in front] == sorted((d for _, d in front), reverse=True)
     told: list[str] = []
-    again = search_front(model, policy, images, trials=8, ops=OPS, out=tmp_path, tell=told.append)
+    again = search_front(model, policy, images, ops=OPS, tell=told.append, **only)
     assert not any(line.startswith("tried") for line in told)
     assert {p.macs for p in again.points} == {p.macs for p in found.points}
     with pytest.raises(SurgeryError, match="another"):
         search_front(model, policy, images, ops=(), **only)
 
 
-class _Choices:
-    """Options of two sites, as `explore` reads them."""
-
-    options = {"a": [None, "x", "y"], "b": [None, "z"]}  # noqa: RUF012
+SITES = {
+    "a": [None, Option("columns", (2,), 2.0, 0.5), Option("thin", (1, 2), 3.0, 0.1)],
+    "b": [None, Option("op", (), 0.0, 0.0, "shift")],
+}
 
 
 def _share_a_study(storage: str, log: str) -> None:
@@ -177,7 +178,9 @@ def _share_a_study(storage: str, log: str) -> None:
             file.write(f"{places['a']} {places['b']}\n")
         return float(places["a"]), float(2 - places["a"] + places["b"]), {}
 
-    explore(_Choices(), evaluate, [], trials=20, storage=storage, setting={"unit": "macs"})
+    study, options = open_study(storage, SITES, {"unit": "macs"})
+    assert options == SITES
+    explore(study, options, evaluate, [], trials=20)
 
 
 @pytest.mark.parametrize("kind", ["db", "log"])
@@ -192,14 +195,8 @@ def test_two_processes_share_a_study(tmp_path, kind):
     evaluated = log.read_text().split("\n")[:-1]
     # Both may begin with the same choice at the same moment; afterwards nothing is repeated.
     assert len(set(evaluated)) <= len(evaluated) <= len(set(evaluated)) + 2
-    front = explore(
-        _Choices(),
-        lambda places: pytest.fail("the study is complete"),
-        [],
-        trials=20,
-        storage=storage,
-        setting={"unit": "macs"},
-    )
+    study, options = open_study(storage, SITES, {"unit": "macs"})
+    front = explore(study, options, lambda places: pytest.fail("it is complete"), [], trials=20)
     assert (0.0, 2.0) in {(trial.damage, trial.cost) for trial in front}
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pfsurgery.errors import SurgeryError, needs
-from pfsurgery.recover.choices import Choices
+from pfsurgery.recover.choices import Options
+from pfsurgery.recover.options import Option
 
 if TYPE_CHECKING:
     import optuna
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 STORAGE = "optuna.db"
 _NAME = "pfsurgery"
 _HEARTBEAT_S = 60  # a process that was silent for twice as long is taken for dead
-_FINGERPRINT = "options"
+_OPTIONS = "options"
 _FACTS = "facts"
 _ATTEMPTS = 3
 
@@ -45,47 +46,72 @@ class Trial:
     facts: dict[str, Any]
 
 
+def open_study(
+    storage: str | Path, options: Options, setting: Mapping[str, Any]
+) -> tuple[optuna.Study, Options]:
+    """The study in a storage, begun if it is not there, and the options that all its trials mean.
+
+    Args:
+        storage: A file for SQLite (`.db`) or for Optuna's journal (`.log`, for file systems that
+            machines share), or the URL of a database, such as `postgresql://...`.
+        options: The options of each site, as found here. Another machine may have found slightly
+            different ones: those that the study was begun with count.
+        setting: What the study is about, JSON-ready.
+
+    Raises:
+        SurgeryError: The storage cannot be opened, or the study in it is about something else.
+        MissingExtraError: Optuna is not installed.
+    """
+    with needs("study", "Search with Optuna"):
+        import optuna
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = _created(str(storage))
+    wanted = {**setting, "sites": list(options)}
+    for key, value in wanted.items():
+        before = study.user_attrs.get(key)
+        if before is None:
+            study.set_user_attr(key, value)
+        elif before != value:
+            raise SurgeryError(
+                f"The study in {storage} was begun with another {key}: {before!r:.200} there, "
+                f"{value!r:.200} now. Take another storage, or the same setting."
+            )
+    if _OPTIONS not in study.user_attrs:
+        study.set_user_attr(_OPTIONS, _to_values(options))
+    return study, _from_values(study.user_attrs[_OPTIONS])
+
+
 def explore(
-    choices: Choices,
+    study: optuna.Study,
+    options: Options,
     evaluate: Callable[[Places], Outcome],
     seeds: Sequence[Places],
     *,
     trials: int,
-    storage: str | Path,
-    setting: Mapping[str, Any],
 ) -> list[Trial]:
-    """Search the options of all sites by NSGA-II (Deb et al. 2002), for few damage and low cost.
+    """Search the options of all sites by NSGA-II (Deb et al. 2002), for little damage and cost.
 
-    Several processes, on one machine or many, may work on one storage at the same time. Each trial
+    Several processes, on one machine or many, may work on one study at the same time. Each trial
     is kept as soon as it is done, and what a killed process was working on is done again. A choice
     that was tried before, by whichever process, is not carried out again.
 
     Args:
-        choices: The options of each site.
+        study: From `open_study`.
+        options: From `open_study`.
         evaluate: Damage, cost and facts of a network with one option a site.
         seeds: Choices that are tried first, such as those of a programme at several budgets.
         trials: How many networks the study shall have in all.
-        storage: A file for SQLite (`.db`) or for Optuna's journal (`.log`, for file systems that
-            machines share), or the URL of a database, such as `postgresql://...`.
-        setting: What the study is about; a study that was begun with another one is refused.
 
     Returns:
-        The trials that neither damage less at equal cost nor cost less at equal damage than another
-        (the Pareto front), by cost.
-
-    Raises:
-        SurgeryError: The storage cannot be opened, or belongs to a study of something else.
-        MissingExtraError: Optuna is not installed.
+        The trials that no other beats in both damage and cost (the Pareto front), by cost.
     """
-    study = _opened(storage, dict(setting) | {_FINGERPRINT: _described(choices)})
     if not study.trials:
         for places in seeds:
             study.enqueue_trial(dict(places), skip_if_exists=True)
 
     def objective(trial: optuna.Trial) -> tuple[float, float]:
         places = {
-            name: trial.suggest_int(name, 0, len(options) - 1)
-            for name, options in choices.options.items()
+            name: trial.suggest_int(name, 0, len(found) - 1) for name, found in options.items()
         }
         damage, cost, facts = _known(study, places) or evaluate(places)
         trial.set_user_attr(_FACTS, facts)
@@ -102,22 +128,18 @@ def explore(
     return sorted(front, key=lambda trial: (trial.cost, trial.damage))
 
 
-def _opened(storage: str | Path, setting: dict[str, Any]) -> optuna.Study:
-    with needs("study", "Search with Optuna"):
-        import optuna
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    text = str(storage)
-    study = _created(text)
-    for key, value in setting.items():
-        before = study.user_attrs.get(key)
-        if before is None:
-            study.set_user_attr(key, value)
-        elif before != value:
-            raise SurgeryError(
-                f"The study in {text} was begun with another {key}: {before!r:.200} there, "
-                f"{value!r:.200} now. Take another storage, or the same setting."
-            )
-    return study
+def _to_values(options: Options) -> dict[str, list[Any]]:
+    return {
+        name: [None if option is None else asdict(option) for option in found]
+        for name, found in options.items()
+    }
+
+
+def _from_values(values: Mapping[str, Sequence[Any]]) -> Options:
+    return {
+        name: [None if v is None else Option(**{**v, "sizes": tuple(v["sizes"])}) for v in found]
+        for name, found in values.items()
+    }
 
 
 def _created(text: str) -> optuna.Study:
@@ -153,11 +175,6 @@ def _storage(text: str) -> Any:
         heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
         engine_kwargs={"connect_args": {"timeout": 60}} if "://" not in text else {},
     )
-
-
-def _described(choices: Choices) -> list[list[str]]:
-    """Which options there are, so that indices mean the same to every process."""
-    return [[name, *map(str, options)] for name, options in choices.options.items()]
 
 
 def _finished(study: optuna.Study) -> int:

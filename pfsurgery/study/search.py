@@ -23,7 +23,7 @@ from pfsurgery.select import Patterns
 from pfsurgery.study.bench import Bench, Found, Made, Places, Point, found, measured_damages
 from pfsurgery.study.competitors import on_hull, with_unfitted
 from pfsurgery.study.damage import damages, judge_of
-from pfsurgery.study.optuna_search import STORAGE, Outcome, explore
+from pfsurgery.study.optuna_search import STORAGE, Outcome, explore, open_study
 from pfsurgery.study.programme import programme
 
 _FITTED = 16  # bottlenecks of a site that compete
@@ -124,7 +124,7 @@ def search_front(
         policy: What the result may cost, and so which cost is searched for.
         images: As for `search`.
         trials: How many networks are made in all, by all processes and earlier runs together.
-        storage: See `pfsurgery.study.optuna_search.explore`; by default `optuna.db` in `out`.
+        storage: See `pfsurgery.study.optuna_search.open_study`; by default `optuna.db` in `out`.
         ops: Ops that are not fitted and compete too.
         validate: Accuracy in percent of a model, if labels are at hand; it is only reported.
         example: As for `pfsurgery.plan`.
@@ -142,20 +142,22 @@ def search_front(
     if storage is None and folder is None:
         raise PolicyError("A search with Optuna needs a place for its trials: give out or storage.")
     mark = marker(model, policy, example, include, exclude, None)
-    choices = on_hull(read_choices(model, mark, images, policy.forms, tell), _FITTED)
-    rivals = with_unfitted(choices, ops)
-    bench = Bench(rivals, judge_of(rivals), validate, policy.batch, policy.unit, tell)
-    seeds = [
-        policy.choose(choices, tell)[0],
-        *_solutions(policy, rivals, measured_damages(bench, folder)),
-    ]
+    choices = with_unfitted(
+        on_hull(read_choices(model, mark, images, policy.forms, tell), _FITTED), ops
+    )
+    study, options = open_study(
+        storage or Path(out or ".") / STORAGE,
+        choices.options,
+        {"unit": policy.unit, "batch": policy.batch, "ops": list(ops)},
+    )
+    choices = replace(choices, options=options)
+    bench = Bench(choices, judge_of(choices), validate, policy.batch, policy.unit, tell)
     front = explore(
-        rivals,
+        study,
+        options,
         lambda places: _as_outcome(bench.make("tried", "optuna", places)),
-        seeds,
+        _solutions(policy, choices, measured_damages(bench, folder)),
         trials=trials,
-        storage=storage or Path(out or ".") / STORAGE,
-        setting={"unit": policy.unit, "batch": policy.batch},
     )
     allowed = bench.allowed(policy)
     within = [trial for trial in front if trial.cost <= allowed]
