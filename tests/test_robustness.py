@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import pfsurgery
 from pfsurgery.data import digits
-from pfsurgery.errors import DataError, ShapeError, SurgeryError, UnknownNameError
+from pfsurgery.errors import DataError, ShapeError, SurgeryError, TrainingError, UnknownNameError
 from pfsurgery.run_folder import read_run
 from pfsurgery.study.attacks import fgsm, pgd
 from pfsurgery.study.corruptions import PARAMETERS, SEVERITIES, corrupt
@@ -274,6 +274,10 @@ def test_wrong_attacks_are_refused(models, batch, normalisation):
         pgd(models[0], *batch, 1, normalisation=normalisation, steps=0)
     with pytest.raises(DataError, match="label 10"):
         fgsm(models[0], batch[0][:1], torch.tensor([10]), 1, normalisation=normalisation)
+    cut = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+    cut.forward = torch.no_grad()(cut.forward)
+    with pytest.raises(TrainingError, match="no gradient"):
+        fgsm(cut, *batch, 1, normalisation=normalisation)
 
 
 class Tiny(nn.Module):

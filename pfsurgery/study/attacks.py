@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pfsurgery.errors import DataError
+from pfsurgery.errors import DataError, TrainingError
 from pfsurgery.measure.state import undisturbed
 from pfsurgery.recover.evaluate import check_labels, logits_of
 from pfsurgery.recover.state import placement
@@ -41,7 +41,7 @@ def fgsm(
 
     Raises:
         DataError: `epsilon` is negative, or a label does not fit.
-        TrainingError: The model does not return one tensor of logits.
+        TrainingError: The model does not return one tensor of logits, or passes no gradient.
     """
     lowest, highest = _bounds(pixels, epsilon)
     with undisturbed(model):
@@ -84,7 +84,7 @@ def pgd(
 
     Raises:
         DataError: `epsilon` is negative, `steps` is less than 1, or a label does not fit.
-        TrainingError: The model does not return one tensor of logits.
+        TrainingError: The model does not return one tensor of logits, or passes no gradient.
     """
     lowest, highest = _bounds(pixels, epsilon)
     if steps < 1:
@@ -118,6 +118,11 @@ def _gradient(
         leaf = pixels.detach().clone().requires_grad_()
         logits = logits_of(model, normalisation.redo(leaf).to(device, dtype))
         check_labels(labels, logits, lowest=-1)
+        if not logits.requires_grad:
+            raise TrainingError(
+                f"{type(model).__name__} passes no gradient to its input, so it cannot be attacked "
+                f"by it. Give the model as it was before it was compiled for inference."
+            )
         # In float32 the gradient of a sure prediction would be exactly zero.
         loss = F.cross_entropy(
             logits.cpu().double(), labels.cpu(), ignore_index=-1, reduction="sum"

@@ -179,7 +179,7 @@ def robustness(
     Raises:
         DataError: The images cannot be opened, have no labels, or are not in colour.
         SurgeryError: `out` cannot be written, or holds a study with another setting.
-        TrainingError: A model does not return one tensor of logits.
+        TrainingError: A model does not return one tensor of logits, or passes no gradient.
     """
     folder = writable(out)
     models = dict(zip(MODELS, (original, converted), strict=True))
