@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from pfsurgery.cli.study.robustness import robustness
 from pfsurgery.cli.study.sensitivity import sensitivity
 
 app = typer.Typer(
@@ -11,3 +12,4 @@ app = typer.Typer(
     help="Measure what sites and operations cost and gain.",
 )
 app.command()(sensitivity)
+app.command()(robustness)
