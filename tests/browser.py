@@ -10,13 +10,12 @@ import select
 import shutil
 import subprocess
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-_PATIENCE = 60.0  # seconds
+_PATIENCE = 240.0  # seconds
 
 
 def _wire(its_in: int, its_out: int) -> None:
@@ -58,12 +57,14 @@ class Browser:
         os.close(its_in)
         os.close(its_out)
         self._left, self._number, self._session = b"", 0, ""
+        self._loaded: set[str] = set()
         targets = self.call("Target.getTargets")["targetInfos"]
         page = next(target for target in targets if target["type"] == "page")
         attached = self.call("Target.attachToTarget", targetId=page["targetId"], flatten=True)
         self._session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+        self.call("Page.setLifecycleEventsEnabled", enabled=True)
 
     def close(self) -> None:
         self._process.kill()
@@ -77,11 +78,9 @@ class Browser:
         self.look(width=width, dark=dark)
         self.complaints.clear()
         self.fetched.clear()
-        self.call("Page.navigate", url=path.resolve().as_uri())
-        end = time.monotonic() + _PATIENCE
-        while self.ask("document.readyState") != "complete":
-            assert time.monotonic() < end, f"{path} does not load"
-            time.sleep(0.05)
+        loading = self.call("Page.navigate", url=path.resolve().as_uri())["loaderId"]
+        while loading not in self._loaded:
+            self._note(self._read())
         self.settle()
 
     def look(self, *, width: int, dark: bool) -> None:
@@ -98,7 +97,15 @@ class Browser:
 
     def settle(self) -> None:
         """Wait for the figures to follow."""
-        self.ask("new Promise(done => setTimeout(() => requestAnimationFrame(() => done(0)), 400))")
+        self.ask(
+            """(async () => {
+                const frame = () => new Promise(requestAnimationFrame);
+                await frame();
+                await frame();
+                await new Promise(done => setTimeout(done, 300));
+                await frame();
+            })()"""
+        )
 
     def ask(self, expression: str) -> Any:
         """The value of an expression in JavaScript."""
@@ -139,7 +146,9 @@ class Browser:
 
     def _note(self, event: dict[str, Any]) -> None:
         params = event.get("params", {})
-        if event["method"] == "Runtime.exceptionThrown":
+        if event["method"] == "Page.lifecycleEvent" and params["name"] == "load":
+            self._loaded.add(params["loaderId"])
+        elif event["method"] == "Runtime.exceptionThrown":
             self.complaints.append(str(params["exceptionDetails"]))
         elif event["method"] == "Runtime.consoleAPICalled":
             if params["type"] in ("error", "warning", "assert"):

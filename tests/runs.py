@@ -156,7 +156,7 @@ def robustness(folder: Path) -> Values:
             for severity in range(1, 6)
         ],
         "attacks": [
-            {"name": name, "epsilon": e / 255, "top1": top1(70 * (1 - math.exp(-e / scale)))}
+            {"name": name, "epsilon": e, "top1": top1(70 * (1 - math.exp(-e / scale)))}
             for name, scale in (("FGSM", 4.0), ("PGD", 2.0))
             for e in (0.5, 1, 2, 4, 8)
         ],

@@ -25,7 +25,7 @@ class Points:
         x: Places along the x axis.
         y: Places along the y axis; None leaves a gap.
         hover: Lines of text of each point, its name first; empty for no text.
-        color: As CSS.
+        color: As CSS; for bars also one each.
         symbol: Plotly's name of the marker.
         size: Of the marker in pixels; 0 for a line alone.
         line: Width of the line in pixels; 0 for points alone.
@@ -38,7 +38,7 @@ class Points:
     x: Sequence[float | str]
     y: Sequence[float | None]
     hover: Sequence[Sequence[str]] = ()
-    color: str = ""
+    color: str | Sequence[str] = ""
     symbol: str = "circle"
     size: float = 9
     line: float = 0
@@ -188,12 +188,12 @@ def strip(
                 colors[op],
                 row=row,
             )
-            figure.add_trace(_bar(go, group, legend=row == 0))
+            # Plotly would widen the bars of an op whose sites stand far apart.
+            figure.add_trace(_bar(go, group, legend=row == 0).update(width=0.88))
     axes = (tiles.axis, *(measure.axis for measure in measures))
     _lay_out(figure, Axis("site, in order of execution (number)"), axes, 150 + 150 * len(measures))
     figure.update_layout(
         barmode="overlay",
-        bargap=0.12,
         xaxis={"range": [0.4, len(names) + 0.6], "tickformat": "d"},
         yaxis={"showticklabels": False, "showgrid": False, "fixedrange": True},
     )

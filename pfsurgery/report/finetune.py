@@ -46,7 +46,7 @@ def _content(values: dict[str, Any], training: tuple[Section, ...]) -> Content:
     ratios = comparison.ratios
     facts = (
         ("top-1", percent(after)),
-        ("of the original", points(after, before)),
+        ("against the original", points(after, before)),
         ("MACs left", share(ratios.get("macs", 1), 1)),
         ("parameters left", share(ratios.get("parameters", 1), 1)),
         ("time left", share(ratios["latency"], 1)),
@@ -81,13 +81,15 @@ def _saved(comparison: Comparison) -> tuple[Item, ...]:
             [100 * ratio for ratio in ratios],
             [],
             [[row.label, f"{row.cells[0]} before", f"{row.cells[1]} after"] for row in shown],
-            "",
+            [ratio_color(ratio) for ratio in ratios],
         )
     ]
     figure = lying_bars(
-        [row.label for row in shown], groups, Axis("after / before (%)", zero=True), Axis("")
+        [row.label for row in shown],
+        groups,
+        Axis("after / before (%)", zero=True),
+        Axis("quantity"),
     )
-    figure.update_traces(marker_color=[ratio_color(ratio) for ratio in ratios])
     return (
         table,
         Figure("What is left of each quantity; 100 % is unchanged.", figure),
@@ -104,7 +106,7 @@ def _accuracy(steps: list[dict[str, Any]], given_back: list[str]) -> tuple[Item,
     )  # fmt: skip
     table = Table(
         f"On {steps[0]['accuracy']['images']:,} validation images.",
-        ("step", "top-1", "of the original", "top-5", "loss", "seconds"),
+        ("step", "top-1", "against the original", "top-5", "loss", "seconds"),
         "lrrrrr",
         tuple(
             (
@@ -135,5 +137,5 @@ def _from_log(records: list[dict[str, Any]]) -> tuple[str, tuple[tuple[str, str]
     facts = [("epochs", str(len(epochs))), ("steps", f"{last:,}")]
     if top1:
         facts.insert(0, ("top-1, best epoch", percent(max(top1))))
-        facts.append(("of the original", points(max(top1), teacher)))
+        facts.append(("against the original", points(max(top1), teacher)))
     return "This folder has the log of a fine-tuning, and no report of a whole job.", tuple(facts)

@@ -13,6 +13,7 @@ KEPT = "rgba(134,142,148,0.35)"
 _OPS = {
     "keep": KEPT,
     "conv": "#5f7fb8",
+    "dense": "#5f7fb8",
     "depthwise": "#74953a",
     "identity": OPERATIONS["identity"],
     "shift": OPERATIONS["shift"],

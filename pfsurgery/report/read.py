@@ -10,6 +10,8 @@ from typing import Any
 
 from pfsurgery.errors import SurgeryError
 
+_LONGEST = 150  # characters of another library's message
+
 
 @contextmanager
 def understood(path: Path) -> Iterator[None]:
@@ -21,7 +23,8 @@ def understood(path: Path) -> Iterator[None]:
     try:
         yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        what = f"lacks {error}" if isinstance(error, KeyError) else f"has a wrong value: {error}"
+        said = " ".join(str(error).split())[:_LONGEST]
+        what = f"lacks {said}" if isinstance(error, KeyError) else f"has a wrong value: {said}"
         raise SurgeryError(f"{path} is damaged: it {what}. Do the run again.") from error
 
 

@@ -115,7 +115,7 @@ def _attacks(
             own = sorted((r for r in results if r["name"] == name), key=lambda r: r["epsilon"])
             found = [(0.0, clean[model]), *((r["epsilon"], r["top1"][model]) for r in own)]
             hover = [
-                [f"{name} on {model}", f"epsilon {255 * e:.3g}/255", f"top-1 {percent(v)}"]
+                [f"{name} on {model}", f"epsilon {e:g}/255", f"top-1 {percent(v)}"]
                 for e, v in found
             ]
             looks: Any = {
@@ -126,7 +126,7 @@ def _attacks(
             x, y = zip(*found, strict=True)
             curves.append(Points(f"{model}, {name}", x, y, hover, color, **looks))
     plot = chart(
-        curves, Axis("epsilon (1: the whole range of a pixel)"),
+        curves, Axis("epsilon (1/255 of a pixel's range)"),
         Axis("top-1 (%)", zero=True),
     )  # fmt: skip
     table = Table(
@@ -136,7 +136,7 @@ def _attacks(
         tuple(
             (
                 r["name"],
-                f"{255 * r['epsilon']:.3g}/255",
+                f"{r['epsilon']:g}/255",
                 *(percent(r["top1"][model]) for model in models),
                 points(r["top1"][models[1]], r["top1"][models[0]]),
             )

@@ -29,9 +29,13 @@
   });
   const paint = () => plots.map(({ div, layout }) => Plotly.relayout(div, look(layout)));
   for (const { div, data, layout } of plots) {
+    for (const [path, value] of Object.entries(look(layout))) {
+      const names = path.split(".");
+      const last = names.pop();
+      names.reduce((at, name) => (at[name] ??= {}), layout)[last] = value;
+    }
     Plotly.newPlot(div, data, layout, config);
   }
-  paint();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
   addEventListener("beforeprint", () => { root.classList.add("print"); paint(); });
   addEventListener("afterprint", () => { root.classList.remove("print"); paint(); });
