@@ -194,7 +194,7 @@ def strip(
     _lay_out(figure, Axis("site, in order of execution (number)"), axes, 150 + 150 * len(measures))
     figure.update_layout(
         barmode="overlay",
-        xaxis={"range": [0.4, len(names) + 0.6], "tickformat": "d"},
+        xaxis={"range": [0.4, len(names) + 0.6], "tickformat": "d", "showgrid": False},
         yaxis={"showticklabels": False, "showgrid": False, "fixedrange": True},
     )
     return figure
