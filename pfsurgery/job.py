@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from pfsurgery.base import base_of
 from pfsurgery.batches import unlabelled_images
 from pfsurgery.card import write_card
 from pfsurgery.checkpoint import load, save
@@ -34,6 +35,7 @@ from pfsurgery.recover import (
 )
 from pfsurgery.recover.finetune import check_run
 from pfsurgery.recover.processes import first_process_first
+from pfsurgery.run_folder import note_run
 from pfsurgery.select import Patterns
 
 if TYPE_CHECKING:
@@ -131,8 +133,8 @@ def run_job(
     refit layers in closed form (`reconstruct`; a budget is fitted to them from the start). Then the
     model is fine-tuned with the original as its teacher; the best weights on `val` are kept. `out`
     receives `model/` (see `save`) with a model card, `report.md`, `report.json`, `plan.json`,
-    `comparison.png`, `accuracy.png`, and what `finetune` writes. What was reached before the
-    fine-tuning is kept in `converted/` and `steps.json`, for a run that is continued.
+    `comparison.png`, `accuracy.png`, `run.json`, and what `finetune` writes. What was reached
+    before the fine-tuning is kept in `converted/` and `steps.json`, for a run that is continued.
 
     In processes that `torchrun` or `accelerate launch` started, the first converts, the others
     take over what it made, and all train; the first one writes.
@@ -170,6 +172,9 @@ def run_job(
         return result
 
     with first_process_first() as first:
+        if first:
+            base = base_of(original)
+            note_run(folder, "finetune", model=base.name if base else type(original).__name__)
         if (folder / _STEPS).exists() and (resume or not first):
             tell("taking over what was converted before")
             fast = load(folder / _CONVERTED_FOLDER, base=copy.deepcopy(original))

@@ -20,7 +20,7 @@ from pfsurgery.cli import main
 
 COMMANDS = (
     *("demo", "finetune", "scan", "plan", "convert", "recover", "compare", "eval"),
-    *("push", "ops", "policies"),
+    *("push", "ops", "policies", "report"),
 )
 SMALL = ("--model", "test_resnet", "--num-classes", "10")
 DIGITS_MODEL = (*SMALL, "--no-pretrained", "--data", "digits")

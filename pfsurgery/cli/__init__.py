@@ -19,6 +19,7 @@ from pfsurgery.cli.listing import ops, policies
 from pfsurgery.cli.plan import plan
 from pfsurgery.cli.push import push
 from pfsurgery.cli.recover import recover
+from pfsurgery.cli.report import report
 from pfsurgery.cli.scan import scan
 from pfsurgery.cli.search import search
 from pfsurgery.cli.study import app as study
@@ -32,7 +33,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make trained vision models faster with parameter-free layers.",
 )
-for command in (demo, finetune, scan, plan, convert, recover, search, compare, push, ops, policies):
+for command in (
+    *(demo, finetune, scan, plan, convert, recover, search, compare, report, push),
+    *(ops, policies),
+):
     app.command()(command)
 app.command("eval")(evaluate)
 app.add_typer(study, name="study")

@@ -174,8 +174,8 @@ class Comparison:
     def to_markdown(self) -> str:
         """The table, the verdict and the setting as Markdown."""
         lines = ["| | before | after | after / before |", "|---|---:|---:|---:|"]
-        lines += [f"| {row.label} | {' | '.join(row.cells)} |" for row in self._rows()]
-        return "\n".join([*lines, "", f"**{self.verdict}**", "", " ".join(self._notes()), ""])
+        lines += [f"| {row.label} | {' | '.join(row.cells)} |" for row in self.rows()]
+        return "\n".join([*lines, "", f"**{self.verdict}**", "", " ".join(self.notes()), ""])
 
     def figure(self, path: str | Path) -> None:
         """Write a bar figure of the ratios, with the values on it, as PNG.
@@ -185,15 +185,17 @@ class Comparison:
         """
         from pfsurgery.measure.figure import draw
 
-        draw(self._rows(), self.ratios, self.verdict, str(self.after.latency.setting), Path(path))
+        draw(self.rows(), self.ratios, self.verdict, str(self.after.latency.setting), Path(path))
 
-    def _rows(self) -> list[Row]:
+    def rows(self) -> list[Row]:
+        """One row a quantity, with its values before and after and their ratio."""
         return [
             Row(old.key, old.label, (*old.cells, *new.cells, _ratio_text(self.ratios.get(old.key))))
             for old, new in zip(_rows(self.before), _rows(self.after), strict=True)
         ]
 
-    def _notes(self) -> list[str]:
+    def notes(self) -> list[str]:
+        """How it was measured and counted."""
         notes = _notes(self.before)
         for note in _notes(self.after):
             if note not in notes:
@@ -203,7 +205,7 @@ class Comparison:
     def __rich__(self) -> Group:
         columns = ["before", "after", "after / before"]
         return rich_table(
-            "Before and after surgery", columns, self._rows(), [self.verdict, *self._notes()]
+            "Before and after surgery", columns, self.rows(), [self.verdict, *self.notes()]
         )
 
     def __str__(self) -> str:

@@ -35,7 +35,7 @@ def draw(
     figure = Figure(figsize=(8.4, 1.9 + 0.46 * len(shown)), dpi=200)
     figure.set_layout_engine("constrained", w_pad=0.14, h_pad=0.08)
     axes = figure.add_subplot()
-    colors = [_color(value) for value in values]
+    colors = [ratio_color(value) for value in values]
     axes.barh(places, values, height=0.62, color=colors, zorder=2)
     axes.axvline(1, color=_INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     for place, row, value in zip(places, shown, values, strict=True):
@@ -68,7 +68,8 @@ def draw(
     figure.savefig(path, format="png", facecolor="white")
 
 
-def _color(ratio: float) -> str:
+def ratio_color(ratio: float) -> str:
+    """Of a bar that shows after / before: less, more, or the same."""
     if abs(ratio - 1) < 0.005:
         return _SAME
     return _LESS if ratio < 1 else _MORE

@@ -11,7 +11,7 @@ from pfsurgery.structure import Run, Structure
 if TYPE_CHECKING:
     from pfsurgery.plan import Decision, Plan
 
-_COLORS = {
+COLORS = {
     "identity": "#b9c2c7",
     "shift": "#2a7f8e",
     "average": "#e0a63a",
@@ -79,7 +79,7 @@ def operation_shares(decision: Decision) -> dict[str, float]:
         decision: What a fitted site became.
     """
     structure = decision.structure
-    shares = dict.fromkeys(_COLORS, 0.0)
+    shares = dict.fromkeys(COLORS, 0.0)
     if structure is None or structure.dense:
         return {**shares, "dense convolution": 1.0}
     for run in structure.runs:
@@ -103,7 +103,7 @@ def _columns_per_channel(decision: Decision, structure: Structure) -> float:
 def _draw_shares(axes: Any, fitted: list[tuple[Decision, Structure]]) -> None:
     shares = [operation_shares(d) for d, _ in fitted]
     left = [0.0] * len(fitted)
-    for name, color in _COLORS.items():
+    for name, color in COLORS.items():
         widths = [share[name] for share in shares]
         if not any(widths):
             continue
@@ -161,7 +161,7 @@ def _legend(axes: Any) -> None:
     axes.legend(
         loc="lower left",
         bbox_to_anchor=(0, 1),
-        ncols=len(_COLORS),
+        ncols=len(COLORS),
         fontsize=7.5,
         frameon=False,
         handlelength=1,
