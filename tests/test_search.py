@@ -21,6 +21,7 @@ from pfsurgery.errors import PolicyError, SurgeryError
 from pfsurgery.measure import count
 from pfsurgery.recover.hull import spend
 from pfsurgery.recover.options import Option
+from pfsurgery.report import write_report
 from pfsurgery.run_folder import read_run
 from pfsurgery.study.optuna_search import explore, open_study
 from pfsurgery.study.programme import programme
@@ -97,6 +98,7 @@ def test_each_site_is_measured_alone_and_a_stopped_run_goes_on(images, tmp_path)
         (r.site, r.op, round(r.damage, 6)) for r in rows
     }
     assert read_run(tmp_path).kind == "sensitivity"
+    assert "down.0" in write_report(tmp_path).read_text(encoding="utf-8")
     (tmp_path / LINES).write_text('{"site": 1}\n')
     with pytest.raises(SurgeryError, match="line 1"):
         read_sensitivity(tmp_path)
@@ -128,7 +130,8 @@ def test_a_search_is_within_budget_and_no_further_off_than_equal_errors(images, 
     values = json.loads((tmp_path / "search.json").read_text())
     assert values["unit"] == "macs"
     assert [point["chosen"] for point in values["points"]].count(True) == 1
-    assert values["predicted_ms"] > 0
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert all(point.name in page for point in found.points)
     told: list[str] = []
     again = search(model, budget(macs="50%"), images, tell=told.append, **only)
     assert not any("costs" in line for line in told), "what was measured is not measured again"

@@ -26,6 +26,7 @@ _COSTS = {
 _ORIGINS = {
     "budget": ("#2a7f8e", "circle"),
     "sensitivity": ("#3f9b6c", "diamond"),
+    "repair": ("#3b5b92", "pentagon"),
     "optuna": ("#c8552f", "square"),
     "random": ("#b07a1e", "x"),
     "policy": ("#8a4f9e", "triangle-up"),
@@ -186,7 +187,7 @@ def _comparison(original: Point, chosen: Point, values: dict[str, Any]) -> tuple
         "lrrr",
         tuple(rows),
     )
-    return table, *_prediction(values["predicted_ms"], values["measured_ms"])
+    return table, *_prediction(values["predicted_gain_ms"], values["measured_gain_ms"])
 
 
 def _prediction(predicted: float | None, measured: float | None) -> list[Note]:

@@ -196,7 +196,7 @@ def _as_values(policy: Budget, found: Found) -> dict[str, Any]:
         "unit": policy.unit,
         "original": asdict(found.original),
         "points": [asdict(point) for point in found.points],
-        "predicted_ms": found.predicted_ms,
-        "measured_ms": found.chosen.ms,
+        "predicted_gain_ms": found.original.ms - found.predicted_ms,
+        "measured_gain_ms": found.original.ms - found.chosen.ms,
         "plan": found.plan.to_dict(),
     }
