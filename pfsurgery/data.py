@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from pfsurgery.errors import DataError
+from pfsurgery.errors import DataError, needs
 from pfsurgery.images import CheckedImages, open_named, open_reader
 
 _NAMED = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
@@ -92,14 +92,10 @@ def digits() -> ImageSet:
     Nothing is downloaded.
 
     Raises:
-        DataError: scikit-learn is not installed.
+        MissingExtraError: scikit-learn is not installed.
     """
-    try:
+    with needs("demo", "The set of digits"):
         from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise DataError(
-            'The digits need scikit-learn, which is not installed: pip install "pfsurgery[demo]"'
-        ) from error
     pixels, target = load_digits(return_X_y=True)
     labels = torch.as_tensor(target, dtype=torch.int64)
     small = torch.as_tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Literal
 
-from pfsurgery.errors import SurgeryError
+from pfsurgery.errors import needs
 from pfsurgery.run_folder import Run
 
 _TITLES = {
@@ -122,15 +122,10 @@ def library(name: str) -> Any:
     """A module of Jinja2 or Plotly.
 
     Raises:
-        SurgeryError: It is not installed.
+        MissingExtraError: It is not installed.
     """
-    try:
+    with needs("study", "A report"):
         return importlib.import_module(name)
-    except ImportError as error:
-        raise SurgeryError(
-            f"Reports need Jinja2 and Plotly ({error}). Install them: "
-            f'pip install "pfsurgery[study]"'
-        ) from None
 
 
 def render(run: Run, content: Content) -> str:
@@ -140,7 +135,7 @@ def render(run: Run, content: Content) -> str:
     named by their hashes, and nothing be fetched.
 
     Raises:
-        SurgeryError: Jinja2 or Plotly is not installed.
+        MissingExtraError: Jinja2 or Plotly is not installed.
     """
     jinja2 = library("jinja2")
     plotly = library("plotly.offline").get_plotlyjs()
