@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import typer
 
+from pfsurgery.cli.study.layer import layer
+
 app = typer.Typer(
     no_args_is_help=True,
     help="Measure what sites and operations cost and gain.",
 )
+app.command()(layer)
