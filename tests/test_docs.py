@@ -59,7 +59,11 @@ def test_commands_exist_with_their_options(page: str, words: list[str]) -> None:
         pytest.skip("a placeholder")
     known = get_command(app).commands  # type: ignore[attr-defined]
     assert words[0] in known, page
-    options = {o for p in known[words[0]].params for o in (*p.opts, *p.secondary_opts)}
+    command = known[words[0]]
+    if hasattr(command, "commands"):
+        assert words[1] in command.commands, page
+        command = command.commands[words[1]]
+    options = {o for p in command.params for o in (*p.opts, *p.secondary_opts)}
     for word in words[1:]:
         if word.startswith("--"):
             assert word in options | {"--help"}, f"{page}: {' '.join(words)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,11 +41,7 @@ class Labelled:
 
     def halves(self) -> tuple[Labelled, Labelled]:
         """Every other image of each class, and the others."""
-        order = torch.tensor(_by_rank(self.labels.tolist()))
-        ranks = torch.empty_like(order)
-        ranks[order] = torch.arange(len(order))
-        classes = len(self.labels.unique())
-        first = (ranks // classes) % 2 == 0
+        first = torch.tensor(_ranks(self.labels.tolist())) % 2 == 0
         return self.at(first), self.at(~first)
 
     def at(self, index: Tensor) -> Labelled:
@@ -201,9 +198,15 @@ def _plain(opened: OpenedData, limit: int | None, training: bool) -> DataLoader[
 
 def _by_rank(labels: Sequence[int]) -> list[int]:
     """Indices such that the first n hold about as many images of each class, for every n."""
-    seen: dict[int, int] = {}
+    ranks = _ranks(labels)
+    return sorted(range(len(ranks)), key=lambda index: (ranks[index], labels[index]))
+
+
+def _ranks(labels: Sequence[int]) -> list[int]:
+    """How many images of its class come before each one."""
+    seen = Counter[int]()
     ranks = []
-    for index, label in enumerate(labels):
-        seen[label] = seen.get(label, 0) + 1
-        ranks.append((seen[label], label, index))
-    return [index for *_, index in sorted(ranks)]
+    for label in labels:
+        ranks.append(seen[label])
+        seen[label] += 1
+    return ranks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,9 @@ from torch import nn
 from pfsurgery.batches import Images
 from pfsurgery.errors import SurgeryError
 from pfsurgery.recover.progress import tracked
+from pfsurgery.recover.state import writable_folder
 from pfsurgery.run_folder import write_json
+from pfsurgery.sites import Site
 from pfsurgery.study.images import study_images
 from pfsurgery.study.networks import (
     DENSE,
@@ -183,34 +186,47 @@ def layer_study(
         SurgeryError: The images cannot be opened, a training diverges, `out` cannot be written or
             holds another setting; the message says what to do.
     """
+    folder = writable_folder(out)
     images = study_images(train, val, setting)
-    trainings = Trainings(out, "layer", setting, images, (name_of(train), name_of(val)))
+    trainings = Trainings(folder, "layer", setting, images, (name_of(train), name_of(val)))
     # Seeds outermost, so that a run that was cut short has all operations
     tasks = [
         (place, op, seed) for seed in range(setting.seeds) for place in PLACES for op in setting.ops
     ]
+    sites = {place: _sites(trainings, place) for place in PLACES}
     top1: dict[tuple[str, str], list[float]] = {}
     for place, op, seed in tracked(tasks, "training"):
-        name = f"{place}-{op}-{seed}"
-        model = _network(trainings, place, op, seed)
-        top1.setdefault((place, op), []).append(trainings.top1(name, model, seed))
+        make = partial(_network, trainings, sites[place], place, op, seed)
+        reached = trainings.top1(f"{place}-{op}-{seed}", make, seed)
+        top1.setdefault((place, op), []).append(reached)
     rows = []
     for place in PLACES:
-        costs = trainings.costs({op: _network(trainings, place, op, 0) for op in setting.ops})
+        networks = {op: _network(trainings, sites[place], place, op, 0) for op in setting.ops}
+        costs = trainings.costs(networks)
         rows += [LayerRow(place, op, tuple(top1[place, op]), **costs[op]) for op in setting.ops]
     result = LayerResult(trainings.described, PAPER, tuple(rows))
     write_json(trainings.out / RESULT, result.to_dict())
     return result
 
 
-def _network(trainings: Trainings, place: str, op: str, seed: int) -> nn.Module:
-    images, example = trainings.images, trainings.example
-    dense = dense_network(
+def _sites(trainings: Trainings, place: str) -> tuple[Site, ...]:
+    found = bottlenecks(_dense(trainings, place, 0), trainings.example)
+    return tuple(site for site in found if not site.geometry.strided)
+
+
+def _network(
+    trainings: Trainings, sites: tuple[Site, ...], place: str, op: str, seed: int
+) -> nn.Module:
+    dense = _dense(trainings, place, seed)
+    return with_operations(dense, sites, [op] * len(sites), trainings.example, seed=seed)
+
+
+def _dense(trainings: Trainings, place: str, seed: int) -> nn.Module:
+    images = trainings.images
+    return dense_network(
         trainings.setting,
         channels=images.shape[0],
         classes=images.classes,
         seed=seed,
         single=place == "single",
     )
-    sites = [site for site in bottlenecks(dense, example) if not site.geometry.strided]
-    return with_operations(dense, {site.name: op for site in sites}, example, seed=seed)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from pfsurgery.convert import convert, plan
+from pfsurgery.convert import convert
 from pfsurgery.errors import UnsupportedSiteError
 from pfsurgery.modules import get_module, set_module
+from pfsurgery.ops import get_op
+from pfsurgery.ops.bottleneck import fitted_module
 from pfsurgery.ops.window import Window
-from pfsurgery.plan import Plan
-from pfsurgery.policy import Policy, Rule
+from pfsurgery.plan import Decision, Plan, decide
+from pfsurgery.policy import Rule
 from pfsurgery.scan import scan
 from pfsurgery.sites import Geometry, Site
 from pfsurgery.structure import Run, Structure
@@ -69,7 +71,7 @@ def bottlenecks(model: nn.Module, example: Tensor) -> tuple[Site, ...]:
 
 
 def with_operations(
-    model: nn.Module, chosen: Mapping[str, str], example: Tensor, *, seed: int
+    model: nn.Module, sites: Sequence[Site], ops: Sequence[str], example: Tensor, *, seed: int
 ) -> nn.Module:
     """A copy of a dense network with other operations in its bottlenecks.
 
@@ -79,7 +81,8 @@ def with_operations(
 
     Args:
         model: From `dense_network`.
-        chosen: `dense`, `depthwise`, `mixed` or the name of an op, by the site's name.
+        sites: Some of its `bottlenecks`.
+        ops: For each of them `dense`, `depthwise`, `mixed` or the name of an op.
         example: Images (N, C, H, W).
         seed: Of the weights of depthwise convolutions.
 
@@ -88,37 +91,45 @@ def with_operations(
         UnknownNameError: There is no such op.
     """
     model = copy.deepcopy(model)
+    decisions = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for name in (name for name, op in chosen.items() if op == DEPTHWISE):
-            set_module(model, name, _depthwise(get_module(model, name)))
-    rules = tuple(
-        Rule(_FITTED if op == MIXED else op, tail="drop", name=name)
-        for name, op in chosen.items()
-        if op not in (DENSE, DEPTHWISE)
-    )
-    if not rules:
+        for site, op in zip(sites, ops, strict=True):
+            if op == DEPTHWISE:
+                set_module(model, site.name, depthwise(get_module(model, site.name)))
+            elif op != DENSE:
+                decisions.append(_decision(site, op))
+    if not decisions:
         return model
-    made = plan(model, Policy("study", rules), example=example)
-    return convert(model, _with_shares(made, [str(rule.name) for rule in rules]), example=example)
+    return convert(model, Plan("study", tuple(decisions)), example=example)
 
 
-def _depthwise(conv: nn.Module) -> nn.Conv2d:
+def depthwise(conv: nn.Module) -> nn.Conv2d:
+    """A fresh depthwise 3x3 convolution that reads what `conv` reads."""
     assert isinstance(conv, nn.Conv2d)
     channels = conv.in_channels
     return nn.Conv2d(channels, channels, 3, conv.stride[0], padding=1, groups=channels, bias=False)
 
 
-def _with_shares(made: Plan, wanted: Sequence[str]) -> Plan:
-    """The plan with the structure of the mixed sites; all that are wanted must change."""
-    decisions = []
-    for decision in made:
-        if decision.site.name in wanted and not decision.replaced:
-            raise UnsupportedSiteError(f"{decision.site.name} stays: {decision.reason}.")
-        if decision.op == _FITTED:
-            decision = replace(decision, structure=equal_shares(decision.site.geometry))
-        decisions.append(decision)
-    return replace(made, decisions=tuple(decisions))
+def parameter_free(site: Site, op: str) -> nn.Module:
+    """The module of `mixed` or of a parameter-free op at a site.
+
+    Raises:
+        UnsupportedSiteError: It cannot stand there.
+        UnknownNameError: There is no such op.
+    """
+    decision = _decision(site, op)
+    if decision.structure is not None:
+        return fitted_module(site.geometry, decision.structure)
+    return get_op(op).build(site)
+
+
+def _decision(site: Site, op: str) -> Decision:
+    decision = decide(site, Rule(_FITTED if op == MIXED else op, tail="drop"))
+    if not decision.replaced:
+        raise UnsupportedSiteError(f"{site.name} stays: {decision.reason}.")
+    structure = equal_shares(site.geometry) if op == MIXED else None
+    return replace(decision, structure=structure)
 
 
 def equal_shares(geometry: Geometry) -> Structure:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from pfsurgery.errors import TrainingError
 from pfsurgery.measure import count, latency
 from pfsurgery.recover import evaluate, finetune
 from pfsurgery.recover.logs import cut_log, json_lines
-from pfsurgery.recover.state import placement, writable_folder
+from pfsurgery.recover.state import placement
 from pfsurgery.recover.stop import StoppedError
 from pfsurgery.run_folder import Kind, note_run, read_json, write_json
 from pfsurgery.study.images import AugmentedBatches, StudyImages
@@ -41,25 +41,25 @@ class Trainings:
     """The trainings of one study, and the file that says which of them are done.
 
     Args:
-        out: Folder of the study, made if it is missing.
+        out: Folder of the study.
         kind: Which study.
         setting: What it is made with.
         images: What it trains on.
         data: Names of the training and the validation images.
 
     Raises:
-        TrainingError: The folder cannot be written, or holds another study or setting.
+        SurgeryError: The folder cannot be written, or holds another study or setting.
     """
 
     def __init__(
         self,
-        out: str | Path,
+        out: Path,
         kind: Kind,
         setting: StudySetting,
         images: StudyImages,
         data: tuple[str, str],
     ) -> None:
-        self.out, self.setting, self.images = writable_folder(out), setting, images
+        self.out, self.setting, self.images = out, setting, images
         self.described = {
             "data": data[0] if data[0] == data[1] else " and ".join(data),
             "classes": images.classes,
@@ -78,12 +78,12 @@ class Trainings:
         """One image (1, C, H, W)."""
         return self.images.train.pixels[:1]
 
-    def top1(self, name: str, model: nn.Module, seed: int) -> float:
-        """Top-1 of `model` in percent, trained from scratch in place unless that was done before.
+    def top1(self, name: str, make: Callable[[], nn.Module], seed: int) -> float:
+        """Top-1 of a network in percent, trained from scratch unless that was done before.
 
         Args:
             name: Of the training, in the study.
-            model: A network with fresh weights.
+            make: Makes the network with fresh weights.
             seed: Of the order of the images and their augmentation.
 
         Raises:
@@ -92,7 +92,7 @@ class Trainings:
         if name in self._done:
             return self._done[name]
         setting, images = self.setting, self.images
-        folder = self.out / _UNFINISHED / name
+        folder, model = self.out / _UNFINISHED / name, make()
         try:
             folder.parent.mkdir(exist_ok=True)
             finetune(
@@ -112,10 +112,6 @@ class Trainings:
         self._done[name] = reached
         shutil.rmtree(folder, ignore_errors=True)
         return reached
-
-    def is_done(self, name: str) -> bool:
-        """Whether that training is done."""
-        return name in self._done
 
     def val_batches(self) -> list[tuple[Tensor, Tensor]]:
         """The validation images in batches."""
@@ -153,18 +149,16 @@ def name_of(source: Images | str | Path) -> str:
 
 
 def _check_same(path: Path, now: Mapping[str, Any]) -> None:
-    """A study is continued with the setting that it began with."""
-    if not path.exists():
-        write_json(path, now)
-        return
-    then = read_json(path)
+    """A study is continued with the setting that it began with, but for the number of seeds."""
+    then = read_json(path) if path.exists() else now
     differing = [
         f"{name} (then {then.get(name)!r}, now {now.get(name)!r})"
         for name in dict.fromkeys((*now, *then))
-        if then.get(name) != now.get(name)
+        if then.get(name) != now.get(name) and name != "seeds"
     ]
     if differing:
         raise TrainingError(
             f"{path.parent} holds a study of another setting; different are: "
             f"{', '.join(differing)}. Go on with the same setting, or choose another folder."
         )
+    write_json(path, now)
