@@ -143,9 +143,9 @@ class LayerResult:
         from pfsurgery.measure.table import quantity
 
         table = Table(title="What takes the place of the 3x3", title_justify="left")
-        for column in ("place", "operation"):
+        for column in ("place", "op"):
             table.add_column(column)
-        for column in ("top-1 %", "deviation", "params", "MACs", "ms a batch of 32"):
+        for column in ("top-1 %", "+-", "params", "MACs", "ms, 32 images"):
             table.add_column(column, justify="right")
         for row in self.rows:
             table.add_row(

@@ -186,7 +186,7 @@ class NasResult:
             depths.add_row(part, *(str(counted[op]) for op in self.candidates))
         networks = Table(title="Trained from scratch", title_justify="left")
         networks.add_column("network")
-        for column in ("top-1 %", "params", "MACs", "ms a batch of 32"):
+        for column in ("top-1 %", "params", "MACs", "ms, 32 images"):
             networks.add_column(column, justify="right")
         for made in (self.found, *self.baselines):
             networks.add_row(
