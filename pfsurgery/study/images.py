@@ -141,7 +141,7 @@ def study_images(
             f"{shapes[1]}; give both in one size."
         )
     seen = int(kept[0].labels.max()) + 1
-    if len(kept[0].labels.unique()) < 2:
+    if len(set(kept[0].labels.tolist())) < 2:
         raise DataError("All training images are of one class; give at least two classes.")
     if int(kept[1].labels.max()) >= seen:
         raise DataError(

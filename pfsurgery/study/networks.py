@@ -45,7 +45,7 @@ def dense_network(
     missing = 4 - len(layers)  # timm's ResNet calls four stages; empty ones pass their input on
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = ResNet(
+        model: nn.Module = ResNet(
             Bottleneck,
             # timm divides by the number of blocks - 1, so a single one is made as two
             layers=(2, 0, 0, 0) if single else (*layers, *(0,) * missing),
@@ -57,7 +57,7 @@ def dense_network(
             zero_init_last=False,
         )
         if single:
-            model.layer1 = model.layer1[:1]
+            set_module(model, "layer1", nn.Sequential(get_module(model, "layer1.0")))
         model.conv1 = nn.Conv2d(
             channels, 4 * setting.width, 3, setting.stem_stride, padding=1, bias=False
         )

@@ -171,7 +171,7 @@ def _epoch(
             choose.step()
             choose.zero_grad()
         loss = _loss(model, batch)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         descend.step()
         descend.zero_grad()
         choose.zero_grad()  # the weights' images leave no trace in the choices

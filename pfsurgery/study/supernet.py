@@ -32,7 +32,7 @@ class Choice(nn.Module):
         """The candidates' outputs, weighted and added."""
         weights = self.logits.softmax(0)
         outputs = [candidate(x) for candidate in self.candidates.values()]
-        mixed = weights[0] * outputs[0]
+        mixed: Tensor = weights[0] * outputs[0]
         for weight, output in zip(weights[1:], outputs[1:], strict=True):
             mixed = mixed + weight * output
         return mixed

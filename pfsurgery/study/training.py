@@ -116,7 +116,7 @@ class Trainings:
     def val_batches(self) -> list[tuple[Tensor, Tensor]]:
         """The validation images in batches."""
         val = self.images.val
-        return list(zip(val.pixels.split(256), val.labels.split(256), strict=True))
+        return list(zip(torch.split(val.pixels, 256), torch.split(val.labels, 256), strict=True))
 
     def costs(self, models: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
         """Parameters, MACs of one image, and ms of a batch of 32, timed in turns, by name."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -30,7 +30,12 @@ def changed(
     setting: Chosen, *, seeds: int | None, epochs: int | None, images: int | None
 ) -> Chosen:
     """The setting with what the options say."""
-    given = {"seeds": seeds, "epochs": epochs, "images": images, "val_images": images}
+    given: dict[str, Any] = {
+        "seeds": seeds,
+        "epochs": epochs,
+        "images": images,
+        "val_images": images,
+    }
     if images is not None and setting.val_images is not None:
         given["val_images"] = min(images, setting.val_images)
     return replace(setting, **{name: value for name, value in given.items() if value is not None})
