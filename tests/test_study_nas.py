@@ -14,7 +14,7 @@ from pfsurgery.run_folder import read_run
 from pfsurgery.study import nas, search
 from pfsurgery.study.nas import Cell, NasSetting, nas_study
 from pfsurgery.study.networks import bottlenecks, dense_network
-from pfsurgery.study.search import SearchSetting
+from pfsurgery.study.darts import SearchSetting
 from pfsurgery.study.supernet import choices, supernet
 from tests import test_cli, test_study_layer
 

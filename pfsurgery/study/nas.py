@@ -20,7 +20,7 @@ from pfsurgery.run_folder import write_json
 from pfsurgery.sites import Site
 from pfsurgery.study.images import study_images
 from pfsurgery.study.networks import DEPTHWISE, bottlenecks, dense_network, with_operations
-from pfsurgery.study.search import SearchEpoch, SearchSetting, search
+from pfsurgery.study.darts import SearchEpoch, SearchSetting, search
 from pfsurgery.study.setting import StudySetting
 from pfsurgery.study.supernet import choices, supernet
 from pfsurgery.study.training import Trainings, name_of
@@ -209,7 +209,7 @@ def nas_study(
     """Search an operation for each bottleneck, then train what was found and its rivals.
 
     A supernet has all candidates in every bottleneck, and a softmax over them for each (see
-    `pfsurgery.study.search`). The network of the most probable ones is trained from scratch, in the
+    `pfsurgery.study.darts`). The network of the most probable ones is trained from scratch, in the
     same way as all depthwise, all max-pool, and a random choice. The search keeps its state in
     `out` at each epoch, and each training is noted as it is done: given again, the same call goes
     on.
