@@ -42,7 +42,7 @@ def run(
         tell: Called with a line of text as each step begins.
 
     Raises:
-        DataError: scikit-learn is not installed.
+        MissingExtraError: scikit-learn is not installed.
         SurgeryError: A step fails; the message says what to do.
     """
     data = digits()

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pfsurgery.batches import open_images, skipped_images, unlabelled_images
 from pfsurgery.data import Augmentation, digits, open_data
-from pfsurgery.errors import DataError
+from pfsurgery.errors import DataError, MissingExtraError
 from pfsurgery.recover import evaluate
 
 CONFIG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
@@ -64,7 +64,7 @@ def test_digits_split_is_fixed_stratified_and_disjoint():
 
 def test_digits_without_scikit_learn_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(DataError, match=r'pip install "pfsurgery\[demo\]"'):
+    with pytest.raises(MissingExtraError, match=r'pip install "pfsurgery\[demo\]"'):
         digits()
 
 

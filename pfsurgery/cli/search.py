@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +16,7 @@ from pfsurgery.cli import options, show
 from pfsurgery.errors import PolicyError
 from pfsurgery.job import first_images, writable
 from pfsurgery.recover import Budget, budget
+from pfsurgery.study.bench import Found
 from pfsurgery.study.search import search as search_model
 from pfsurgery.study.search import search_front
 from pfsurgery.study.tables import found_table
@@ -71,8 +74,9 @@ def search(
     writable(out)
     net = options.opened(model, pretrained, checkpoint, num_classes, model_kwarg)
     images = first_images(unlabelled_images(data, net), number)
-    front = {"trials": trials, "storage": storage} if method == "optuna" else {}
-    work = search_front if method == "optuna" else search_model
+    work: Callable[..., Found] = search_model
+    if method == "optuna":
+        work = partial(search_front, trials=trials, storage=storage)
     found = work(
         net,
         policy,
@@ -82,7 +86,6 @@ def search(
         exclude=exclude or None,
         out=out,
         tell=show.timed(),
-        **front,
     )
     save(found.model, out / MODEL)
     console = Console()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import typer
 
+from pfsurgery.cli.study.layer import layer
+from pfsurgery.cli.study.nas import nas
 from pfsurgery.cli.study.robustness import robustness
 from pfsurgery.cli.study.sensitivity import sensitivity
 
@@ -11,5 +13,5 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Measure what sites and operations cost and gain.",
 )
-app.command()(sensitivity)
-app.command()(robustness)
+for command in (sensitivity, layer, nas, robustness):
+    app.command()(command)
