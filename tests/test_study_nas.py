@@ -11,10 +11,10 @@ import torch
 
 from pfsurgery.errors import SurgeryError, TrainingError, UnsupportedSiteError
 from pfsurgery.run_folder import read_run
-from pfsurgery.study import nas, search
+from pfsurgery.study import darts, nas
+from pfsurgery.study.darts import SearchSetting
 from pfsurgery.study.nas import Cell, NasSetting, nas_study
 from pfsurgery.study.networks import bottlenecks, dense_network
-from pfsurgery.study.darts import SearchSetting
 from pfsurgery.study.supernet import choices, supernet
 from tests import test_cli, test_study_layer
 
@@ -76,17 +76,17 @@ def test_a_search_goes_on_where_it_was(tmp_path, monkeypatch):
     whole = nas_study(train, val, tmp_path / "whole", setting=TINY)
 
     # Killed in the second epoch of the search
-    real = search._epoch
+    real = darts._epoch
 
     def killed(model, halves, descend, choose, how, epoch):
         if epoch == 1:
             raise KeyboardInterrupt
         return real(model, halves, descend, choose, how, epoch)
 
-    monkeypatch.setattr(search, "_epoch", killed)
+    monkeypatch.setattr(darts, "_epoch", killed)
     with pytest.raises(KeyboardInterrupt):
         nas_study(train, val, tmp_path / "cut", setting=TINY)
-    monkeypatch.setattr(search, "_epoch", real)
+    monkeypatch.setattr(darts, "_epoch", real)
     # Trainings of the same networks need not be done twice for this test
     (tmp_path / "cut" / "trainings.jsonl").write_bytes(
         (tmp_path / "whole" / "trainings.jsonl").read_bytes()

@@ -18,9 +18,9 @@ from pfsurgery.recover.progress import tracked
 from pfsurgery.recover.state import writable_folder
 from pfsurgery.run_folder import write_json
 from pfsurgery.sites import Site
+from pfsurgery.study.darts import SearchEpoch, SearchSetting, search
 from pfsurgery.study.images import study_images
 from pfsurgery.study.networks import DEPTHWISE, bottlenecks, dense_network, with_operations
-from pfsurgery.study.darts import SearchEpoch, SearchSetting, search
 from pfsurgery.study.setting import StudySetting
 from pfsurgery.study.supernet import choices, supernet
 from pfsurgery.study.training import Trainings, name_of
