@@ -126,6 +126,7 @@ def test_a_search_is_within_budget_and_no_further_off_than_equal_errors(images, 
     assert found.chosen.damage == min(point.damage for point in found.points)
     assert {"budget", "sensitivity"} <= {point.origin for point in found.points}
     assert record(found.model).plans[-1] == found.plan
+    assert all("nats and saves" in decision.reason for decision in found.plan.replaced)
     assert found.chosen.macs == count(found.model, one).macs
     values = json.loads((tmp_path / "search.json").read_text())
     assert values["unit"] == "macs"
@@ -165,6 +166,7 @@ def test_optuna_keeps_its_front_and_repeats_nothing(images, tmp_path):
     again = search_front(model, policy, images, ops=OPS, tell=told.append, **only)
     assert not any(line.startswith("tried") for line in told)
     assert {p.macs for p in again.points} == {p.macs for p in found.points}
+    assert "damage (nats)" in (tmp_path / "optuna.html").read_text()
     with pytest.raises(SurgeryError, match="another"):
         search_front(model, policy, images, ops=(), **only)
 
@@ -240,17 +242,21 @@ def test_command_line(tmp_path):
     run = CliRunner().invoke
     small = ["--images", "64", "--batch", "1", "--include", "layer4*", "--op", "max_pool"]
     model = ["--model", "resnet10t", "--no-pretrained", "--num-classes", "10"]
-    model += ["--data", "digits"]
+    model += ["--model-kwarg", "channels=[8,8,8,16]", "--data", "digits"]
     study, out = tmp_path / "study", tmp_path / "run"
     studied = run(
         app, ["study", "sensitivity", *model, *small, "--out", str(study), "--fitted", "1"]
     )
     assert studied.exit_code == 0, studied.output
     assert (study / "sensitivity.png").stat().st_size > 10_000
-    found = run(app, ["search", *model, *small, "--out", str(out), "--budget", "params=70%"])
+    found = run(
+        app,
+        ["search", *model, *small, "--out", str(out), "--budget", "params=95%", "--top1"],
+    )
     assert found.exit_code == 0, found.output
     assert "chosen" in found.output
-    assert record(load(out / "model")).plans[-1].policy == "search(params=70%)"
+    assert "%" in found.output
+    assert record(load(out / "model")).plans[-1].policy == "search(params=95%)"
     for wrong in ("accuracy=3", "macs"):
         bad = run(app, ["search", *model, "--out", str(tmp_path / "x"), "--budget", wrong])
         assert isinstance(bad.exception, PolicyError)

@@ -16,7 +16,7 @@ from pfsurgery.errors import PolicyError, ShapeError, SurgeryError
 from pfsurgery.models import open_model
 from pfsurgery.plan import Plan
 from pfsurgery.policy import DataPolicy
-from pfsurgery.recover import bare, budget
+from pfsurgery.recover import bare, budget, evaluate
 
 Model = Annotated[
     str,
@@ -76,6 +76,9 @@ Size = Annotated[
     int | None, typer.Option(help="Height and width of the example image, in pixels.", min=1)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Top1 = Annotated[
+    bool, typer.Option("--top1", help="Measure the accuracy on the validation part of --data too.")
+]
 Data = Annotated[
     str,
     typer.Option(
@@ -188,6 +191,11 @@ def example_of(model: nn.Module, size: int | None, batch: int = 1) -> Any:
     if parameter is None:
         raise ShapeError(f"{type(model).__name__} has no parameters.")
     return torch.zeros(batch, channels, height, width, dtype=parameter.dtype)
+
+
+def validation(data: str, wanted: bool) -> Callable[[nn.Module], float] | None:
+    """A function from a model to its top-1 on the validation part of `data`, if that is wanted."""
+    return (lambda network: evaluate(network, data).top1) if wanted else None
 
 
 def drawn(draw: Callable[[Path], None], figure: Path) -> None:

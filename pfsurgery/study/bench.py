@@ -21,10 +21,11 @@ from pfsurgery.recover.choices import Choices, carry_out, finished
 from pfsurgery.recover.device import site_times
 from pfsurgery.run_folder import write_json
 from pfsurgery.study.damage import Judge
-from pfsurgery.study.sensitivity import measured
+from pfsurgery.study.sensitivity import Sensitivity, measured
 
 RESULT = "search.json"
 Places = dict[str, int]
+Alone = Mapping[tuple[str, str], Sensitivity]  # by site and option
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,13 +154,17 @@ def _amount(point: Point, unit: Unit) -> float:
     return point.ms if unit == "latency" else float(getattr(point, unit))
 
 
-def measured_damages(bench: Bench, folder: Path | None) -> dict[str, list[float]]:
-    """The damage of each option of each site in the otherwise untouched network."""
+def measured_alone(bench: Bench, folder: Path | None) -> Alone:
+    """What each option of each site does in the otherwise untouched network."""
     rows = measured(bench.choices, bench.batch, None, folder, bench.tell)
-    harm = {(row.site, row.op): row.damage for row in rows}
+    return {(row.site, row.op): row for row in rows}
+
+
+def damages_alone(choices: Choices, alone: Alone) -> dict[str, list[float]]:
+    """The damage of each option of each site, none for keeping the convolution."""
     return {
-        name: [0.0 if option is None else harm[name, str(option)] for option in options]
-        for name, options in bench.choices.options.items()
+        name: [0.0 if option is None else alone[name, str(option)].damage for option in options]
+        for name, options in choices.options.items()
     }
 
 
@@ -169,6 +174,7 @@ def found(
     bench: Bench,
     best: Made,
     points: Sequence[Point],
+    alone: Alone,
     folder: Path | None,
 ) -> Found:
     """The result of a search, measured once more beside the original, and written to `folder`."""
@@ -179,7 +185,8 @@ def found(
     times = site_times(choices, bench.batch)
     saved = sum(times[name][0] - times[name][place] for name, place in best.places.items())
     name = policy.name.replace("budget(", "search(", 1)
-    fast, plan = finished(model, best.network, name, choices, best.done, "kept by the search")
+    done = {site: _explained(choices, best, alone, site) for site in best.done}
+    fast, plan = finished(model, best.network, name, choices, done, "kept by the search")
     remember(fast, plan)
     marked = tuple(
         replace(point, ms=chosen.ms, chosen=True) if point is best.point else point
@@ -189,6 +196,13 @@ def found(
     if folder is not None:
         write_json(folder / RESULT, _as_values(policy, result))
     return result
+
+
+def _explained(choices: Choices, best: Made, alone: Alone, site: str) -> Decision:
+    """What was done at a site, with the damage and the gain that it has alone as the reason."""
+    row = alone[site, str(choices.options[site][best.places[site]])]
+    told = f"alone it costs {row.damage:.2g} nats and saves {row.ms:.3g} ms"
+    return replace(best.done[site], reason=told)
 
 
 def _as_values(policy: Budget, found: Found) -> dict[str, Any]:

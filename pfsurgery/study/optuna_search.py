@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pfsurgery.errors import SurgeryError, needs
+from pfsurgery.files import write_atomically
 from pfsurgery.recover.choices import Options
 from pfsurgery.recover.options import Option
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import optuna
 
 STORAGE = "optuna.db"
+STUDY_PAGE = "optuna.html"
 _NAME = "pfsurgery"
 _HEARTBEAT_S = 60  # a process that was silent for twice as long is taken for dead
 _OPTIONS = "options"
@@ -126,6 +128,28 @@ def explore(
         study.optimize(objective, n_trials=left, callbacks=[enough])
     front = [_as_trial(trial) for trial in study.best_trials]
     return sorted(front, key=lambda trial: (trial.cost, trial.damage))
+
+
+def draw_study(study: optuna.Study, unit: str, path: Path) -> None:
+    """Write Optuna's figures of a study as one page: its front, and which sites it hung on.
+
+    Raises:
+        SurgeryError: `path` cannot be written.
+    """
+    with needs("study", "Drawing a study"):
+        from optuna import visualization
+        from plotly.io import to_html
+    cost = f"share of the original's {unit}"
+    figures = [
+        visualization.plot_pareto_front(study, target_names=["damage (nats)", cost]),
+        visualization.plot_slice(study, target=lambda t: t.values[0], target_name="damage (nats)"),
+    ]
+    parts = [to_html(f, full_html=False, include_plotlyjs=i == 0) for i, f in enumerate(figures)]
+    text = "<!doctype html><meta charset='utf-8'><title>Optuna</title>" + "".join(parts)
+    try:
+        write_atomically(path, text.encode())
+    except OSError as error:
+        raise SurgeryError(f"{path} cannot be written: {error.strerror}.") from None
 
 
 def _to_values(options: Options) -> dict[str, list[Any]]:

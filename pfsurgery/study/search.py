@@ -20,10 +20,26 @@ from pfsurgery.recover.device import site_times
 from pfsurgery.recover.progress import tracked
 from pfsurgery.run_folder import note_run
 from pfsurgery.select import Patterns
-from pfsurgery.study.bench import Bench, Found, Made, Places, Point, found, measured_damages
+from pfsurgery.study.bench import (
+    Bench,
+    Found,
+    Made,
+    Places,
+    Point,
+    damages_alone,
+    found,
+    measured_alone,
+)
 from pfsurgery.study.competitors import on_hull, with_unfitted
 from pfsurgery.study.damage import damages, judge_of
-from pfsurgery.study.optuna_search import STORAGE, Outcome, explore, open_study
+from pfsurgery.study.optuna_search import (
+    STORAGE,
+    STUDY_PAGE,
+    Outcome,
+    draw_study,
+    explore,
+    open_study,
+)
 from pfsurgery.study.programme import programme
 
 _FITTED = 16  # bottlenecks of a site that compete
@@ -81,8 +97,8 @@ def search(
     bench = Bench(rivals, judge_of(rivals), validate, policy.batch, policy.unit, tell)
 
     equal = bench.make("equal relative errors", "budget", policy.choose(choices, tell)[0])
-    harm = measured_damages(bench, folder)
-    places, _ = policy.choose(rivals, tell, harm, programme)
+    alone = measured_alone(bench, folder)
+    places, _ = policy.choose(rivals, tell, damages_alone(rivals, alone), programme)
     best, points = equal, [equal.point]
     for number in range(_ROUNDS + 1):
         origin = "repair" if number else "sensitivity"
@@ -94,7 +110,7 @@ def search(
         places = _repaired(policy, bench, best)
         if places == best.places:
             break
-    return found(model, policy, bench, best, points, folder)
+    return found(model, policy, bench, best, points, alone, folder)
 
 
 def search_front(
@@ -130,7 +146,8 @@ def search_front(
         example: As for `pfsurgery.plan`.
         include: Patterns of the sites that may change.
         exclude: Patterns of sites that are kept.
-        out: Folder for `search.json`, the storage, and for what was measured.
+        out: Folder for `search.json`, the storage, what was measured, and `optuna.html`, Optuna's
+            own figures of the study.
         tell: Called with a line of text for each network.
 
     Raises:
@@ -152,13 +169,16 @@ def search_front(
     )
     choices = replace(choices, options=options)
     bench = Bench(choices, judge_of(choices), validate, policy.batch, policy.unit, tell)
+    alone = measured_alone(bench, folder)
     front = explore(
         study,
         options,
         lambda places: _as_outcome(bench.make("tried", "optuna", places)),
-        _solutions(policy, choices, measured_damages(bench, folder)),
+        _solutions(policy, choices, damages_alone(choices, alone)),
         trials=trials,
     )
+    if folder is not None:
+        draw_study(study, policy.unit, folder / STUDY_PAGE)
     allowed = bench.allowed(policy)
     within = [trial for trial in front if trial.cost <= allowed]
     if not within:
@@ -173,7 +193,7 @@ def search_front(
         for trial in front
         if trial is not best
     ]
-    return found(model, policy, bench, made, [*others, made.point], folder)
+    return found(model, policy, bench, made, [*others, made.point], alone, folder)
 
 
 def _noted(model: nn.Module, policy: Budget, out: str | Path | None) -> Path | None:
