@@ -99,6 +99,8 @@ def test_each_site_is_measured_alone_and_a_stopped_run_goes_on(images, tmp_path)
     }
     assert read_run(tmp_path).kind == "sensitivity"
     assert "down.0" in write_report(tmp_path).read_text(encoding="utf-8")
+    with pytest.raises(SurgeryError, match=r"batch \(then 2, now 4\)"):
+        sensitivity(model, images, ops=OPS, fitted=2, out=tmp_path, batch=4)
     (tmp_path / LINES).write_text('{"site": 1}\n')
     with pytest.raises(SurgeryError, match="line 1"):
         read_sensitivity(tmp_path)

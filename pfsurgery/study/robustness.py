@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +27,7 @@ from pfsurgery.study.attacks import fgsm, pgd
 from pfsurgery.study.corruptions import PARAMETERS, SEVERITIES, corrupt
 from pfsurgery.study.gradcam import draw_maps, grad_cam
 from pfsurgery.study.pixels import Normalisation, normalisation_of
+from pfsurgery.study.same import SETTING, check_same, digest
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -185,7 +185,7 @@ def robustness(
     models = dict(zip(MODELS, (original, converted), strict=True))
     normalisation = normalisation or normalisation_of(converted, images)
     setting = {
-        **{name: _digest(model) for name, model in models.items()},
+        **{name: digest(model) for name, model in models.items()},
         "data": str(images) if isinstance(images, (str, Path)) else type(images).__name__,
         "number": number,
         "mean": list(normalisation.mean),
@@ -193,7 +193,8 @@ def robustness(
         "seed": seed,
         "pgd_steps": steps,
     }
-    known = _taken_up(folder / TRIALS, setting)
+    check_same(folder / SETTING, setting)
+    known = _taken_up(folder / TRIALS)
     keep = json_lines(folder / TRIALS)
     base = base_of(converted)
     note_run(folder, "robustness", model=type(converted).__name__ if base is None else base.name)
@@ -241,45 +242,23 @@ def robustness(
     return result
 
 
-def _digest(model: nn.Module) -> str:
-    """Of structure and weights, in 16 hexadecimal digits."""
-    digest = hashlib.sha256(str(model).encode())
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        if isinstance(value, Tensor):
-            flat = value.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _taken_up(path: Path, setting: Mapping[str, Any]) -> dict[tuple[str, float], dict[str, Any]]:
-    """Results of an earlier run by name and strength; the file is begun if it is missing.
+def _taken_up(path: Path) -> dict[tuple[str, float], dict[str, Any]]:
+    """Results of an earlier run by name and strength.
 
     Raises:
-        SurgeryError: They are of another setting, or the file cannot be read or written.
+        SurgeryError: The file cannot be read, or is of something else.
     """
     try:
         cut_log(path, 0)  # drops what a killed write left of a line
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        records = [json.loads(line) for line in lines]
+        return {(r["name"], r["strength"]): {k: r[k] for k in ("top1", "images")} for r in records}
     except (OSError, UnicodeDecodeError) as error:
         raise SurgeryError(f"{path} cannot be read: {error}.") from None
-    if not lines:
-        json_lines(path)({"setting": dict(setting)})
-        return {}
-    before, *records = (json.loads(line) for line in lines)
-    if before.get("setting", {}).keys() != setting.keys():
-        raise SurgeryError(f"{path} is not of this study; give another folder for the results.")
-    for field, value in setting.items():
-        earlier = before["setting"][field]
-        if earlier != value:
-            raise SurgeryError(
-                f"{path} was measured with {field} {earlier!r}, not {value!r}; give that again to "
-                f"go on, or another folder for a new study."
-            )
-    return {
-        (record["name"], record["strength"]): {"top1": record["top1"], "images": record["images"]}
-        for record in records
-    }
+    except (KeyError, TypeError):
+        raise SurgeryError(
+            f"{path} is not of this study; give another folder for the results."
+        ) from None
 
 
 def _spread(loader: Iterable[Any], number: int | None, batch_size: int) -> Iterable[Any]:

@@ -15,7 +15,6 @@ from torch import nn
 from pfsurgery.convert import marker
 from pfsurgery.errors import SurgeryError
 from pfsurgery.example import Example
-from pfsurgery.files import write_atomically
 from pfsurgery.measure.latency import latency
 from pfsurgery.optimize import optimize
 from pfsurgery.policy import Tell
@@ -23,6 +22,7 @@ from pfsurgery.recover.budget import budget
 from pfsurgery.recover.calibration import as_batch
 from pfsurgery.recover.choices import Choices, read_choices
 from pfsurgery.recover.device import typical_decision, typical_network
+from pfsurgery.recover.logs import cut_log, json_lines
 from pfsurgery.recover.options import Option
 from pfsurgery.recover.processes import join_processes
 from pfsurgery.recover.progress import tracked
@@ -31,6 +31,7 @@ from pfsurgery.select import Patterns
 from pfsurgery.sites import Site
 from pfsurgery.study.competitors import on_hull, with_unfitted
 from pfsurgery.study.damage import damages, judge_of
+from pfsurgery.study.same import SETTING, check_same, digest
 
 LINES = "sensitivity.jsonl"
 _OPS = ("max_pool", "avg_pool", "shift", "identity")
@@ -127,18 +128,27 @@ def measured(
     tell: Tell,
 ) -> tuple[Sensitivity, ...]:
     """A row for each option of each site, in the order of the sites; arguments as `sensitivity`."""
-    if folder is not None and _is_first():
-        _mend(folder / LINES)
-    rows = list(read_sensitivity(folder)) if folder is not None else []
+    rows: list[Sensitivity] = []
+    write = json_lines(None if folder is None else folder / LINES)
+    if folder is not None:
+        setting = {"model": digest(choices.teacher), "batch": batch, "images": _number(choices)}
+        if _is_first():
+            check_same(folder / SETTING, setting)
+            cut_log(folder / LINES, 0)  # drops what a killed write left of a line
+        rows += read_sensitivity(folder)
     known = {(row.site, row.op) for row in rows}
     left = [site for site in choices.sites if not _labels(choices, site) <= known]
     for site in _mine(tracked(left, "measuring sites")):
         lines = _measure(choices, site, batch, validate)
         rows += lines
-        if folder is not None:
-            _append(folder / LINES, lines)
+        for line in lines:
+            write(asdict(line))
         tell(f"{site.name}: {_summary(lines)}")
     return _all_rows(rows, folder)
+
+
+def _number(choices: Choices) -> int:
+    return sum(len(batch) for batch in (*choices.batches, *choices.judges))
 
 
 def _labels(choices: Choices, site: Site) -> set[tuple[str, str]]:
@@ -195,7 +205,7 @@ def _summary(lines: Sequence[Sensitivity]) -> str:
 
 
 def read_sensitivity(folder: Path) -> tuple[Sensitivity, ...]:
-    """The rows of a run folder, as many as there are yet; a line that was cut off is left out.
+    """The rows of a run folder, as many as there are yet.
 
     Raises:
         SurgeryError: A line is not what `sensitivity` writes.
@@ -204,34 +214,17 @@ def read_sensitivity(folder: Path) -> tuple[Sensitivity, ...]:
     if not path.exists():
         return ()
     known = {field.name for field in fields(Sensitivity)}
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            continue
+    rows: dict[tuple[str, str], Sensitivity] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             values = json.loads(line)
         except json.JSONDecodeError:
             values = None
         if not isinstance(values, dict) or set(values) != known:
             raise SurgeryError(f"{path}, line {number}, is not a measured site; remove the line.")
-        rows.append(Sensitivity(**values))
-    return tuple(rows)
-
-
-def _mend(path: Path) -> None:
-    """Remove what a killed write left of a line."""
-    if path.exists() and not (text := path.read_bytes()).endswith(b"\n"):
-        write_atomically(path, text[: text.rfind(b"\n") + 1])
-
-
-def _append(path: Path, lines: Sequence[Sensitivity]) -> None:
-    """Add all lines of a site in one write, so that processes do not cut each other's."""
-    text = "".join(json.dumps(asdict(line)) + "\n" for line in lines)
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise SurgeryError(f"{path} cannot be written: {error.strerror}.") from None
+        row = Sensitivity(**values)
+        rows[row.site, row.op] = row  # a site that was interrupted is measured again as a whole
+    return tuple(rows.values())
 
 
 def _is_first() -> bool:

@@ -18,12 +18,12 @@ from pfsurgery.recover import evaluate, finetune
 from pfsurgery.recover.logs import cut_log, json_lines
 from pfsurgery.recover.state import placement
 from pfsurgery.recover.stop import StoppedError
-from pfsurgery.run_folder import Kind, note_run, read_json, write_json
+from pfsurgery.run_folder import Kind, note_run
 from pfsurgery.study.images import AugmentedBatches, StudyImages
+from pfsurgery.study.same import SETTING, check_same
 from pfsurgery.study.setting import StudySetting
 
 TRAININGS = "trainings.jsonl"
-SETTING = "setting.json"
 _UNFINISHED = "unfinished"
 _BATCH = 32  # images that are timed together
 
@@ -67,7 +67,7 @@ class Trainings:
             "images": len(images.train),
             "val_images": len(images.val),
         }
-        _check_same(self.out / SETTING, {"study": kind, **self.described})
+        check_same(self.out / SETTING, {"study": kind, **self.described}, free=("seeds",))
         note_run(self.out, kind)
         cut_log(self.out / TRAININGS, 0)
         self._write = json_lines(self.out / TRAININGS)
@@ -146,19 +146,3 @@ class Trainings:
 def name_of(source: Images | str | Path) -> str:
     """What images are called in a setting."""
     return str(source) if isinstance(source, (str, Path)) else type(source).__name__
-
-
-def _check_same(path: Path, now: Mapping[str, Any]) -> None:
-    """A study is continued with the setting that it began with, but for the number of seeds."""
-    then = read_json(path) if path.exists() else now
-    differing = [
-        f"{name} (then {then.get(name)!r}, now {now.get(name)!r})"
-        for name in dict.fromkeys((*now, *then))
-        if then.get(name) != now.get(name) and name != "seeds"
-    ]
-    if differing:
-        raise TrainingError(
-            f"{path.parent} holds a study of another setting; different are: "
-            f"{', '.join(differing)}. Go on with the same setting, or choose another folder."
-        )
-    write_json(path, now)

@@ -1,0 +1,52 @@
+"""A run that is continued must be the same run: its setting, and the model that it is about."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pfsurgery.errors import TrainingError
+from pfsurgery.run_folder import read_json, write_json
+
+SETTING = "setting.json"
+
+
+def check_same(path: Path, now: Mapping[str, Any], *, free: Collection[str] = ()) -> None:
+    """Compare a setting with the one that a run began with, or note it where one begins.
+
+    Args:
+        path: File of the setting.
+        now: The setting, JSON-ready.
+        free: Fields that may change.
+
+    Raises:
+        TrainingError: Another field differs; the message names it and both values.
+    """
+    then = read_json(path) if path.exists() else now
+    differing = [
+        f"{name} (then {then.get(name)!r}, now {now.get(name)!r})"
+        for name in dict.fromkeys((*now, *then))
+        if then.get(name) != now.get(name) and name not in free
+    ]
+    if differing:
+        raise TrainingError(
+            f"{path.parent} holds a study of another setting; different are: "
+            f"{', '.join(differing)}. Go on with the same setting, or choose another folder."
+        )
+    write_json(path, now)
+
+
+def digest(model: nn.Module) -> str:
+    """Of structure and weights, in 16 hexadecimal digits."""
+    found = hashlib.sha256(str(model).encode())
+    for name, value in model.state_dict().items():
+        found.update(name.encode())
+        if isinstance(value, Tensor):
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            found.update(flat.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
