@@ -42,7 +42,7 @@ from pfsurgery.study.optuna_search import (
 )
 from pfsurgery.study.programme import programme
 
-_FITTED = 16  # bottlenecks of a site that compete
+_FITTED = 12  # bottlenecks of a site that compete
 _SEEDS = 6  # budgets whose solutions Optuna begins with
 _ROUNDS = 2  # of repair; further ones have not been seen to help
 

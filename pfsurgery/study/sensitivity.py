@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,7 +24,6 @@ from pfsurgery.recover.calibration import as_batch
 from pfsurgery.recover.choices import Choices, read_choices
 from pfsurgery.recover.device import typical_decision, typical_network
 from pfsurgery.recover.logs import cut_log, json_lines
-from pfsurgery.recover.options import Option
 from pfsurgery.recover.processes import join_processes
 from pfsurgery.recover.progress import tracked
 from pfsurgery.run_folder import note_run
@@ -117,17 +117,28 @@ def sensitivity(
     rivals = with_unfitted(on_hull(choices, fitted), ops)
     if folder is not None and _is_first():
         note_run(folder, "sensitivity", model=type(model).__name__)
-    return ranked(measured(rivals, batch, validate, folder, tell))
+    gains = partial(_times_saved, rivals, batch=batch)
+    return ranked(measured(rivals, gains, batch, validate, folder, tell))
 
 
 def measured(
     choices: Choices,
+    gains: Callable[[Site], Sequence[float]],
     batch: int,
     validate: Callable[[nn.Module], float] | None,
     folder: Path | None,
     tell: Tell,
 ) -> tuple[Sensitivity, ...]:
-    """A row for each option of each site, in the order of the sites; arguments as `sensitivity`."""
+    """A row for each option of each site, in the order of the sites; what is known is not repeated.
+
+    Args:
+        choices: The original and the options of its sites.
+        gains: The ms that each option of a site saves, in the order of the options.
+        batch: Images of a batch that `gains` times.
+        validate: As for `sensitivity`.
+        folder: Run folder, None for none.
+        tell: Called with a line of text for each site.
+    """
     rows: list[Sensitivity] = []
     write = json_lines(None if folder is None else folder / LINES)
     if folder is not None:
@@ -139,7 +150,7 @@ def measured(
     known = {(row.site, row.op) for row in rows}
     left = [site for site in choices.sites if not _labels(choices, site) <= known]
     for site in _mine(tracked(left, "measuring sites")):
-        lines = _measure(choices, site, batch, validate)
+        lines = _measure(choices, site, gains, validate)
         rows += lines
         for line in lines:
             write(asdict(line))
@@ -161,7 +172,10 @@ def ranked(rows: Iterable[Sensitivity]) -> tuple[Sensitivity, ...]:
 
 
 def _measure(
-    choices: Choices, site: Site, batch: int, validate: Callable[[nn.Module], float] | None
+    choices: Choices,
+    site: Site,
+    gains: Callable[[Site], Sequence[float]],
+    validate: Callable[[nn.Module], float] | None,
 ) -> list[Sensitivity]:
     started = time.perf_counter()
     options = [option for option in choices.options[site.name] if option is not None]
@@ -171,7 +185,7 @@ def _measure(
         return judge(model), None if validate is None else validate(model)
 
     harm = damages(choices, choices.teacher, site, options, measure)
-    saved = _times_saved(choices, site, options, batch)
+    saved = gains(site)
     seconds = round(time.perf_counter() - started, 3)
     lines = []
     for option, (damage, top1), ms in zip(options, harm, saved, strict=True):
@@ -183,14 +197,14 @@ def _measure(
     return lines
 
 
-def _times_saved(
-    choices: Choices, site: Site, options: Sequence[Option], batch: int
-) -> list[float]:
+def _times_saved(choices: Choices, site: Site, *, batch: int) -> list[float]:
     """The ms that each option saves in the whole network, as `optimize` leaves both."""
     images = as_batch(choices.batches[0][:1], batch)
     original = optimize(choices.teacher, images)
     saved = []
-    for option in options:
+    for option in choices.options[site.name]:
+        if option is None:
+            continue
         trial = typical_network(choices.teacher, [site], {site.name: option})
         pair = {"original": original, "trial": optimize(trial, images)}
         taken = latency(pair, images, repeats=_ROUNDS)
