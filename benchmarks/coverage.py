@@ -42,6 +42,9 @@ from pfsurgery.graph import described
 from pfsurgery.plan import make_plan
 from pfsurgery.policy import get_policy
 
+if __name__ == "coverage":  # as numba asks for the package of this name from a script beside it
+    raise ImportError("benchmarks/coverage.py is a script, not the package coverage")
+
 RESULTS = Path(__file__).parent / "results"
 STATE = RESULTS / "coverage.partial.jsonl"
 POLICIES = ("maxpool_all", "maxpool_deep")
