@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -79,17 +80,21 @@ def family(name: str) -> str:
     return f"transformers/{rest.partition('/')[2]}"
 
 
-def build(name: str) -> Built:
+def build(name: str, devices: tuple[str, ...] = ("meta", "cpu")) -> Built:
     """The model in eval mode and the arguments of one forward pass.
+
+    Args:
+        name: Library/name, as in the catalogue.
+        devices: It is built on the first of these on which it runs.
 
     Raises:
         NotBuilt: The library cannot build it on this machine.
     """
     library, _, rest = name.partition("/")
     if library == "timm":
-        return _on_meta_or_real(lambda: timm.create_model(rest))
+        return _first_that_runs(lambda: timm.create_model(rest), devices)
     if library == "transformers":
-        return _build_transformers(*rest.split("/"))
+        return _build_transformers(*rest.split("/"), devices)
     if rest in torchvision.models.list_models(module=torchvision.models.detection):
         size = {"min_size": DETECTION_SIZE, "max_size": DETECTION_SIZE}
         size = {} if "ssd" in rest else size
@@ -100,24 +105,33 @@ def build(name: str) -> Built:
         extra["weights_backbone"] = None
     if "inception" in rest or rest == "googlenet":
         extra["init_weights"] = False
-    return _on_meta_or_real(lambda: torchvision.models.get_model(rest, weights=None, **extra))
+    return _first_that_runs(
+        lambda: torchvision.models.get_model(rest, weights=None, **extra), devices
+    )
 
 
-def _on_meta_or_real(make: Any) -> Built:
-    """Built on the meta device where the model runs there."""
-    try:
-        with torch.device("meta"):
-            model = make().eval()
-        inputs = example_inputs(model)
-        with torch.no_grad():
-            model(*inputs)
-    except Exception:
-        model = make().eval()
-        inputs = example_inputs(model)
+def _first_that_runs(make: Callable[[], Built | nn.Module], devices: tuple[str, ...]) -> Built:
+    """Built on the first device where the model runs; the last one's error is the caller's."""
+    *earlier, last = devices
+    for device in earlier:
+        try:
+            return _built(make, device)
+        except Exception:
+            continue
+    return _built(make, last)
+
+
+def _built(make: Callable[[], Built | nn.Module], device: str) -> Built:
+    with torch.device(device):
+        made = make()
+        model, inputs = made if isinstance(made, tuple) else (made, example_inputs(made))
+    model.eval()
+    with torch.no_grad():
+        model(*inputs)
     return model, inputs
 
 
-def _build_transformers(task: str, name: str) -> Built:
+def _build_transformers(task: str, name: str, devices: tuple[str, ...]) -> Built:
     import transformers
 
     builder = getattr(transformers, TASKS[task.upper()])
@@ -129,21 +143,13 @@ def _build_transformers(task: str, name: str) -> Built:
         if hasattr(part, "use_pretrained_backbone"):
             part.use_pretrained_backbone = False
 
-    def attempt(device: str) -> Built:
-        with torch.device(device):
-            model = builder.from_config(config).eval()
-            inputs = (torch.zeros(1, *_image_shape(config)),)
-        with torch.no_grad():
-            model(*inputs)
-        return model, inputs
+    def make() -> Built:
+        return builder.from_config(config), (torch.zeros(1, *_image_shape(config)),)
 
     try:
-        return attempt("meta")
-    except Exception:
-        try:
-            return attempt("cpu")
-        except Exception as error:
-            raise NotBuilt(f"its default configuration does not run: {_short(error)}") from None
+        return _first_that_runs(make, devices)
+    except Exception as error:
+        raise NotBuilt(f"its default configuration does not run: {_short(error)}") from None
 
 
 def _image_shape(config: Any) -> tuple[int, int, int]:

@@ -125,6 +125,7 @@ KEPT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "spectral norm, by hooks": (lambda: nn.utils.spectral_norm(conv()), "weight is parametrised"),
     "orthogonal": (lambda: parametrizations.orthogonal(conv()), "its weight is parametrised"),
     "transposed": (lambda: nn.ConvTranspose2d(8, 8, 2, 2), "transposed: it enlarges its input"),
+    "transposed, stride 1": (lambda: nn.ConvTranspose2d(8, 8, 3, padding=1), "the flipped kernel"),
     "even, dilated, same": (lambda: nn.Conv2d(8, 8, 2, padding="same", dilation=2), "every pixel"),
     "padded beyond its reach": (lambda: nn.Conv2d(8, 8, 3, padding=3), "nothing but padding"),
 }
