@@ -80,21 +80,21 @@ def family(name: str) -> str:
     return f"transformers/{rest.partition('/')[2]}"
 
 
-def build(name: str, devices: tuple[str, ...] = ("meta", "cpu")) -> Built:
-    """The model in eval mode and the arguments of one forward pass.
+def build(name: str, device: str) -> Built:
+    """The model in eval mode and the arguments of one forward pass, which it has not been run on.
 
     Args:
         name: Library/name, as in the catalogue.
-        devices: It is built on the first of these on which it runs.
+        device: `meta` or `cpu`. Detectors are always built on the CPU.
 
     Raises:
         NotBuilt: The library cannot build it on this machine.
     """
     library, _, rest = name.partition("/")
     if library == "timm":
-        return _first_that_runs(lambda: timm.create_model(rest), devices)
+        return _built(lambda: timm.create_model(rest), device)
     if library == "transformers":
-        return _build_transformers(*rest.split("/"), devices)
+        return _build_transformers(*rest.split("/"), device)
     if rest in torchvision.models.list_models(module=torchvision.models.detection):
         size = {"min_size": DETECTION_SIZE, "max_size": DETECTION_SIZE}
         size = {} if "ssd" in rest else size
@@ -105,51 +105,32 @@ def build(name: str, devices: tuple[str, ...] = ("meta", "cpu")) -> Built:
         extra["weights_backbone"] = None
     if "inception" in rest or rest == "googlenet":
         extra["init_weights"] = False
-    return _first_that_runs(
-        lambda: torchvision.models.get_model(rest, weights=None, **extra), devices
-    )
+    return _built(lambda: torchvision.models.get_model(rest, weights=None, **extra), device)
 
 
-def _first_that_runs(make: Callable[[], Built | nn.Module], devices: tuple[str, ...]) -> Built:
-    """Built on the first device where the model runs; the last one's error is the caller's."""
-    *earlier, last = devices
-    for device in earlier:
-        try:
-            return _built(make, device)
-        except Exception:
-            continue
-    return _built(make, last)
-
-
-def _built(make: Callable[[], Built | nn.Module], device: str) -> Built:
+def _built(make: Callable[[], nn.Module], device: str) -> Built:
     with torch.device(device):
-        made = make()
-        model, inputs = made if isinstance(made, tuple) else (made, example_inputs(made))
-    model.eval()
-    with torch.no_grad():
-        model(*inputs)
-    return model, inputs
+        model = make().eval()
+        return model, example_inputs(model)
 
 
-def _build_transformers(task: str, name: str, devices: tuple[str, ...]) -> Built:
+def _build_transformers(task: str, name: str, device: str) -> Built:
     import transformers
 
     builder = getattr(transformers, TASKS[task.upper()])
     try:
         config = transformers.CONFIG_MAPPING[name]()
     except Exception as error:
-        raise NotBuilt(f"no default configuration: {_short(error)}") from None
+        raise NotBuilt(f"no default configuration: {short(error)}") from None
     for part in (config, *vars(config).values()):
         if hasattr(part, "use_pretrained_backbone"):
             part.use_pretrained_backbone = False
-
-    def make() -> Built:
-        return builder.from_config(config), (torch.zeros(1, *_image_shape(config)),)
-
-    try:
-        return _first_that_runs(make, devices)
-    except Exception as error:
-        raise NotBuilt(f"its default configuration does not run: {_short(error)}") from None
+    with torch.device(device):
+        try:
+            model = builder.from_config(config).eval()
+        except Exception as error:
+            raise NotBuilt(f"not built from its default configuration: {short(error)}") from None
+        return model, (torch.zeros(1, *_image_shape(config)),)
 
 
 def _image_shape(config: Any) -> tuple[int, int, int]:
@@ -160,6 +141,7 @@ def _image_shape(config: Any) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def _short(error: Exception) -> str:
+def short(error: Exception) -> str:
+    """An error in one line, for the report."""
     text = re.sub(r"\s+", " ", str(error)).strip()
     return f"{type(error).__name__}: {text[:160]}"

@@ -57,7 +57,7 @@ def run_for_real(name: str) -> dict[str, Any]:
 
 def _run(name: str) -> dict[str, Any]:
     torch.manual_seed(0)
-    model, inputs = build(name, ("cpu",))
+    model, inputs = build(name, "cpu")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if parameters > MOST_PARAMETERS:
         raise NotBuilt(f"{parameters / 1e6:.0f} million parameters, more than are run for real")
