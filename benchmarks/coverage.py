@@ -48,6 +48,9 @@ from pfsurgery.plan import make_plan
 from pfsurgery.policy import get_policy
 from pfsurgery.sites import Site
 
+# numba asks for a package of this file's name, and takes it for that package
+sys.modules.setdefault("coverage", None)  # type: ignore[arg-type]
+
 RESULTS = Path(__file__).parent / "results"
 STATE = RESULTS / "coverage.partial.jsonl"
 POLICIES = ("maxpool_all", "maxpool_deep")
@@ -137,7 +140,10 @@ def _examine(name: str) -> dict[str, Any]:
         if policy != CARRIED_OUT:
             continue
         row["plain_kept"] = dict(Counter(d.reason for d in kept if d.site.name in plain))
-        row["examples"] = {d.reason: f"{d.site.name}, {d.site.geometry}" for d in reversed(kept)}
+        row["kept_sites"] = {
+            reason: [f"{d.site.name}: {d.site.geometry}" for d in kept if d.reason == reason]
+            for reason in row[policy]["kept"]
+        }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NoEffectWarning)
             fast = pfsurgery.convert(model, plan, example=inputs)
@@ -194,7 +200,6 @@ def main() -> None:
         _run(examine, todo, done, args.jobs, args.state)
     rows = [done[name] for name in catalogue() if name in done]
     missing = len(catalogue()) - len(rows)
-    sys.modules.setdefault("coverage", None)  # type: ignore[arg-type]  # numba asks for the package
     write_report(rows, missing, {**describe("cpu"), "versions": _versions()})
 
 

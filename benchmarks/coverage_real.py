@@ -67,7 +67,7 @@ def _run(name: str) -> dict[str, Any]:
     made = _gradients(fast, inputs, training)
     problems = []
     for parameter, finite in made.items():
-        before = meant.get(parameter, _of_the_original(parameter, meant))
+        before = _of_the_original(parameter, meant)
         if finite is None and before is not None:
             problems.append(f"{parameter} has no gradient")
         elif finite is False and before is not False:
@@ -127,7 +127,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _of_the_original(parameter: str, meant: dict[str, bool | None]) -> bool | None:
-    """The gradient of the convolution whose weights a replacement's parameter was made from."""
+    """What is known of the parameter that this one is, or was made from."""
+    if parameter in meant:
+        return meant[parameter]
     for added in _ADDED:
         before, found, after = parameter.rpartition(added)
         if found and before + after in meant:

@@ -27,6 +27,7 @@ from torch.nn.utils import parametrizations
 import pfsurgery
 from pfsurgery import convert, load, plan, record, save, scan
 from pfsurgery.errors import ShapeError, SurgeryError
+from tests.closed_list import reason_of
 
 EXAMPLE = torch.zeros(1, 3, 17, 17)
 
@@ -141,6 +142,7 @@ def test_these_are_kept_and_the_reason_is_theirs(kind):
     decision = plan(model, "maxpool_all", example=EXAMPLE)["site"]
     assert decision.op == "keep"
     assert reason in decision.reason
+    assert reason_of(decision.reason)
     fast = convert(model, "maxpool_all", example=EXAMPLE)
     x = torch.randn(1, 3, 17, 17)
     torch.testing.assert_close(fast(x), model(x))
@@ -169,6 +171,7 @@ def test_filters_that_are_mixed_for_each_image_are_kept():
         d for d in plan(net(Routed()), "maxpool_all", example=EXAMPLE) if "site" in d.site.name
     ]
     assert "mixed anew for each image" in decision.reason
+    assert reason_of(decision.reason)
 
 
 def test_a_lazy_convolution_is_an_error_that_says_what_to_do():
@@ -195,6 +198,7 @@ def test_quantised_convolutions_are_kept(aware):
     decision = plan(model.eval(), "maxpool_all", example=EXAMPLE)["site.1"]
     assert decision.site.geometry.kernel_size == (3, 3)
     assert "it is quantised; convert the floating-point model" in decision.reason
+    assert reason_of(decision.reason)
     x = torch.randn(1, 3, 17, 17)
     torch.testing.assert_close(convert(model, "maxpool_all", example=EXAMPLE)(x), model(x))
 
