@@ -1,5 +1,7 @@
 """A converted model does what a model does: every op, on three kinds of networks, with each tool.
 
+Converted attentions, of a ViT, are here too; what else they do is in `test_attention.py`.
+
 By default one network of each kind carries all ops at once; `-m slow` takes every op on its own,
 and adds what compiles to machine code.
 """
@@ -88,9 +90,16 @@ CASES = [
 ]
 every_op = pytest.mark.parametrize(("kind", "made"), CASES)
 
+ATTENTION = {"eff_attention": lambda model: convert(model, "eff_transformer")}
+every_op_and_attention = pytest.mark.parametrize(
+    ("kind", "made"), [*CASES, pytest.param("ViT", "eff_attention", id="ViT-eff_attention")]
+)
+
 
 def original(kind: str, **kwargs) -> nn.Module:
     torch.manual_seed(0)
+    if kind == "ViT":
+        return timm.create_model("test_vit", num_classes=7, img_size=SIZE, **kwargs).eval()
     model = timm.create_model(KINDS[kind], num_classes=7, **kwargs)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -103,7 +112,7 @@ def original(kind: str, **kwargs) -> nn.Module:
 def _converted(kind: str, made: str) -> nn.Module:
     model = original(kind)
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, SIZE, SIZE)}
-    fast = MADE[made](model).eval()
+    fast = {**MADE, **ATTENTION}[made](model).eval()
     assert record(fast).plans[-1].replaced
     return fast
 
@@ -163,7 +172,7 @@ def test_export_with_a_dynamic_batch(kind, made):
     close(torch.export.load(file).module()(images(3)), fast(images(3)))
 
 
-@every_op
+@every_op_and_attention
 def test_onnx_runtime(kind, made, tmp_path):
     pytest.importorskip("onnxscript", reason="ONNX export needs onnx and onnxscript")
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -191,7 +200,7 @@ def test_channels_last(kind, made):
 @pytest.mark.parametrize(
     "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
 )
-@every_op
+@every_op_and_attention
 def test_autocast(kind, made, dtype):
     fast = converted(kind, made)
     with torch.autocast("cpu", dtype):
@@ -279,7 +288,7 @@ def test_padding_that_follows_the_size_cannot_be_traced_symbolically():
             create_feature_extractor(network, {"blocks.3": "features"})
 
 
-@every_op
+@every_op_and_attention
 def test_lora(kind, made):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     fast = converted(kind, made)
@@ -303,7 +312,7 @@ def test_lora(kind, made):
     close(tuned.merge_and_unload()(images()), trained, 1e-3)
 
 
-@every_op
+@every_op_and_attention
 def test_int8_weights(kind, made):
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     fast = converted(kind, made)
@@ -332,7 +341,7 @@ def statically_quantised(fast: nn.Module) -> nn.Module:
         return convert_pt2e(prepared)
 
 
-@every_op
+@every_op_and_attention
 def test_static_quantisation_of_the_exported_graph(kind, made):
     fast = converted(kind, made)
     if kind == "MobileNet" and made in ("all", "blur"):
