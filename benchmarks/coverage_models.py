@@ -122,6 +122,7 @@ def _build_transformers(task: str, name: str, device: str) -> Built:
         config = transformers.CONFIG_MAPPING[name]()
     except Exception as error:
         raise NotBuilt(f"no default configuration: {short(error)}") from None
+    config.architectures = []  # of which one is chosen where a task has several
     for part in (config, *vars(config).values()):
         if hasattr(part, "use_pretrained_backbone"):
             part.use_pretrained_backbone = False

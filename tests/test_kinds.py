@@ -361,3 +361,23 @@ def test_outside_of_a_graph_they_are_kept_with_the_way_out():
     decided = plan(Loose(), "maxpool_all", example=EXAMPLE)
     assert not decided.replaced
     assert "torch.export.export" in decided["model:conv2d"].reason
+
+
+@pytest.mark.parametrize("padding", [None, "same"])
+def test_hugging_faces_own_convolutions_are_known(padding):
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_sizes": [8, 16], "depths": [1, 1], "embedding_size": 8, "num_groups": 4}
+    bit = transformers.BitConfig(**small, global_padding=padding, layer_type="bottleneck")
+    efficient = transformers.EfficientNetConfig(
+        width_coefficient=0.25, depth_coefficient=0.1, hidden_dim=320
+    )
+    for model, size in (
+        (transformers.BitModel(bit).eval(), 75),
+        (transformers.EfficientNetModel(efficient).eval(), 64),
+    ):
+        x = torch.randn(1, 3, size, size)
+        fast = convert(model, "maxpool_all", example=x)
+        assert all(d.replaced or d.site.stem for d in record(fast).plans[0])
+        with torch.no_grad():
+            meant, made = (network(x).last_hidden_state for network in (model, fast))
+        assert made.shape == meant.shape
