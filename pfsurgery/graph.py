@@ -300,6 +300,10 @@ def _record(shadow: nn.Module, example: tuple[Any, ...]) -> GraphView:
 _OF_SHAPES = ("__get__", "size", "dim", "numel", "__len__")
 
 
+def _tells_more_than_shape(function: Any) -> bool:
+    return getattr(function, "__name__", "") not in _OF_SHAPES
+
+
 def _convolution_name(function: Any) -> str | None:
     """`conv2d` and the like, if `function` convolves."""
     if isinstance(function, torch._ops.OpOverload):
@@ -366,7 +370,7 @@ class _Recorder(TorchFunctionMode):
         if self._leaf is None:
             self.add("call_function", func, (args, kwargs), output)
             self._note_foreign_reads(args, kwargs)
-        elif not self._leaf_reads and getattr(func, "__name__", "") not in _OF_SHAPES:
+        elif not self._leaf_reads and (_tells_more_than_shape(func) or tensors_in(output)):
             self._leaf_reads = self._any_has_a_node((args, kwargs))
         return output
 

@@ -245,3 +245,26 @@ def test_a_linear_layer_mixes_channels_only_where_they_are_last():
     for last in (True, False):
         after = site(Rows(last), "site").neighbours.pointwise_after
         assert after == ("linear" if last else None)
+
+
+def test_a_layer_that_reads_sizes_alone_leads_nowhere_and_one_that_turns_its_input_does():
+    class Grid(nn.Module):
+        def forward(self, x):
+            return torch.ones(x.shape[-2:], dtype=x.dtype, device=x.device)
+
+    class Turned(nn.Module):
+        def forward(self, x):
+            return x.mT
+
+    class Boxes(nn.Module):
+        def __init__(self, between):
+            super().__init__()
+            self.stem, self.conv = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+            self.between, self.classes = between, nn.Linear(4, 2)
+
+        def forward(self, x):
+            y = self.conv(self.stem(x))
+            return self.between(y), self.classes(y.mean((2, 3)))
+
+    assert not site(Boxes(Grid()), "conv").output
+    assert site(Boxes(Turned()), "conv").output
