@@ -159,6 +159,7 @@ def check(name: str) -> None:
         assert len(named) == FAMILIES[name]
     fast = convert(model, "maxpool_all")
     chosen = record(fast).plans[0]
+    assert sum(decision.site.stem for decision in chosen) <= 2, "CrossViT has two stems"
     for decision in chosen:
         assert decision.replaced or reason_of(decision.reason), decision
         plain = decision.site.geometry.stride == (1, 1) and not decision.site.stem
