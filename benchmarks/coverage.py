@@ -5,11 +5,14 @@
 
 Models are built without weights (on the meta device; the few whose control flow needs values are
 built for real) and run on one image of their own size. For each: sites found, checked against a
-count of the convolution calls that PyTorch's dispatcher sees; what `maxpool_all` and
-`maxpool_deep` convert; why the rest is kept; whether outputs keep their shapes and exactly the
-replaced convolutions are gone. A model takes one line of the state file, so a run that was stopped
-goes on where it was. At the end, the result file and docs/coverage.md are written, from all
-lines in the state file; `--report` does that alone.
+count of the convolution calls that PyTorch's dispatcher sees; what `maxpool_all` converts, why the
+rest is kept, whether outputs keep their shapes and exactly the replaced convolutions are gone; and
+what `maxpool_deep`, which does the same to fewer of these sites, would convert. A model takes one
+line of the state file, so a run that was stopped goes on where it was. At the end, the result file
+and docs/coverage.md are written, from all lines in the state file; `--report` does that alone.
+
+`--real` runs, for the smallest model of each family in the state file of which `maxpool_all`
+converts something, a forward and a backward pass with real weights: see coverage_real.py.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
@@ -30,7 +34,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coverage_models import NotBuilt, build, catalogue, family
+from coverage_models import NotBuilt, build, catalogue, family, short
+from coverage_real import run_for_real, smallest
 from coverage_report import write_report
 from machine import describe
 from torch import nn
@@ -41,6 +46,10 @@ from pfsurgery.errors import NoEffectWarning, NoSitesError
 from pfsurgery.graph import described
 from pfsurgery.plan import make_plan
 from pfsurgery.policy import get_policy
+from pfsurgery.sites import Site
+
+# numba asks for a package of this file's name, and takes it for that package
+sys.modules.setdefault("coverage", None)  # type: ignore[arg-type]
 
 if __name__ == "coverage":  # as numba asks for the package of this name from a script beside it
     raise ImportError("benchmarks/coverage.py is a script, not the package coverage")
@@ -48,6 +57,9 @@ if __name__ == "coverage":  # as numba asks for the package of this name from a 
 RESULTS = Path(__file__).parent / "results"
 STATE = RESULTS / "coverage.partial.jsonl"
 POLICIES = ("maxpool_all", "maxpool_deep")
+CARRIED_OUT = "maxpool_all"
+# Language models are in a list of vision models of transformers, and do not fit into the memory.
+MOST_REAL_PARAMETERS = 1_000_000_000
 
 
 class Convolutions(TorchDispatchMode):
@@ -93,8 +105,6 @@ def examine(name: str) -> dict[str, Any]:
         row |= _examine(name)
     except NotBuilt as reason:
         row["skipped"] = str(reason)
-    except NoSitesError:
-        row["sites"] = 0
     except Exception:
         row["error"] = traceback.format_exc(limit=-3)
     row["seconds"] = round(time.perf_counter() - wall, 2)
@@ -105,9 +115,8 @@ def examine(name: str) -> dict[str, Any]:
 
 def _examine(name: str) -> dict[str, Any]:
     warnings.simplefilter("ignore")
-    model, inputs = build(name)
-    sites = pfsurgery.scan(model, inputs)
-    calls, output = spatial_calls(model, inputs)
+    model, inputs, (calls, output) = _running(name)
+    sites = _scanned(model, inputs)
     problems = []
     found = sum(site.calls for site in sites)
     if found != calls:
@@ -118,33 +127,63 @@ def _examine(name: str) -> dict[str, Any]:
         if set(site.geometry.stride) == {1}
         and site.geometry.in_channels == site.geometry.out_channels
     }
-    row: dict[str, Any] = {"sites": len(sites), "calls": calls, "plain": len(plain)}
+    row: dict[str, Any] = {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "sites": len(sites),
+        "calls": calls,
+        "plain": len(plain),
+    }
     for policy in POLICIES:
         plan = make_plan(sites, get_policy(policy))
+        kept = [decision for decision in plan if not decision.replaced]
+        row[policy] = {
+            "converted": len(plan.replaced),
+            "plain": sum(decision.site.name in plain for decision in plan.replaced),
+            "pointwise": sum(decision.pointwise for decision in plan.replaced),
+            "kept": dict(sorted(Counter(decision.reason for decision in kept).items())),
+        }
+        if policy != CARRIED_OUT:
+            continue
+        row["plain_kept"] = dict(Counter(d.reason for d in kept if d.site.name in plain))
+        row["kept_sites"] = {
+            reason: [f"{d.site.name}: {d.site.geometry}" for d in kept if d.reason == reason]
+            for reason in row[policy]["kept"]
+        }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NoEffectWarning)
             fast = pfsurgery.convert(model, plan, example=inputs)
-        left, after = spatial_calls(fast, inputs)
-        replaced = plan.replaced
-        expected = calls - sum(decision.site.calls for decision in replaced)
+        left, after = spatial_calls(fast, inputs) if plan.replaced else (calls, output)
+        expected = calls - sum(decision.site.calls for decision in plan.replaced)
         if left != expected:
-            problems.append(f"{policy}: {left} spatial convolutions left, not {expected}")
+            problems.append(f"{left} spatial convolutions left, not {expected}")
         if after != output:
-            problems.append(f"{policy}: {output} became {after}")
-        reasons = Counter(d.reason for d in plan if not d.replaced)
-        row[policy] = {
-            "converted": len(replaced),
-            "plain": sum(decision.site.name in plain for decision in replaced),
-            "pointwise": sum(decision.pointwise for decision in replaced),
-            "kept": dict(sorted(reasons.items())),
-        }
-        if policy == "maxpool_all":
-            kept = [d for d in plan if not d.replaced and d.site.name in plain]
-            row["plain_kept"] = dict(Counter(d.reason for d in kept))
-        del fast
-    if problems:
-        row["problems"] = problems
-    return row
+            problems.append(f"{output} became {after}")
+    return row | ({"problems": problems} if problems else {})
+
+
+def _running(name: str) -> tuple[nn.Module, tuple[Any, ...], tuple[int, Any]]:
+    """The model on the first device where it runs, its inputs and what `spatial_calls` says."""
+    model: nn.Module = nn.Identity()
+    try:
+        model, inputs = build(name, "meta")
+        return model, inputs, spatial_calls(model, inputs)
+    except Exception as error:
+        if sum(parameter.numel() for parameter in model.parameters()) > MOST_REAL_PARAMETERS:
+            raise NotBuilt(f"no vision model of a usual size: {short(error)}") from None
+    model, inputs = build(name, "cpu")
+    try:
+        return model, inputs, spatial_calls(model, inputs)
+    except Exception as error:
+        if not name.startswith("transformers/"):
+            raise
+        raise NotBuilt(f"its default configuration does not run: {short(error)}") from None
+
+
+def _scanned(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Site, ...]:
+    try:
+        return pfsurgery.scan(model, inputs)
+    except NoSitesError:
+        return ()
 
 
 def main() -> None:
@@ -152,40 +191,58 @@ def main() -> None:
     parser.add_argument("--only", default="*", help="a glob of models, as in timm/resnet*")
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--state", type=Path, default=STATE, help="finished models, one a line")
-    parser.add_argument("--again", action="store_true", help="forget what the state file holds")
+    parser.add_argument("--again", action="store_true", help="also what the state file holds")
+    parser.add_argument("--real", action="store_true", help="gradients of one model a family")
     parser.add_argument("--report", action="store_true", help="write what there is, run nothing")
     args = parser.parse_args()
-    if args.again:
-        args.state.unlink(missing_ok=True)
     wanted = [name for name in catalogue() if fnmatchcase(name, args.only)]
     if not wanted:
         sys.exit(f"No model matches {args.only!r}.")
     done = _read(args.state)
-    todo = [name for name in wanted if name not in done and not args.report]
-    if todo:
-        _run(todo, done, args.jobs, args.state)
+    if args.real:
+        known = [name for name in smallest(done.values()) if name in wanted]
+        todo = [name for name in known if args.again or "real" not in done[name]]
+        _run(run_for_real, todo, done, args.jobs, args.state)
+    elif not args.report:
+        todo = [name for name in wanted if args.again or name not in done]
+        _run(examine, todo, done, args.jobs, args.state)
     rows = [done[name] for name in catalogue() if name in done]
     missing = len(catalogue()) - len(rows)
-    sys.modules.setdefault("coverage", None)  # type: ignore[arg-type]  # numba asks for the package
     write_report(rows, missing, {**describe("cpu"), "versions": _versions()})
 
 
-def _run(todo: list[str], done: dict[str, dict[str, Any]], jobs: int, state: Path) -> None:
+def _run(
+    work: Callable[[str], dict[str, Any]],
+    todo: list[str],
+    done: dict[str, dict[str, Any]],
+    jobs: int,
+    state: Path,
+) -> None:
+    """Add what `work` says of each model in `todo` to `done` and to the state file."""
     context = multiprocessing.get_context("spawn")
     with (
         context.Pool(jobs, torch.set_num_threads, (1,), maxtasksperchild=100) as pool,
         state.open("a") as file,
     ):
-        for count, row in enumerate(pool.imap(examine, todo), 1):
-            done[row["model"]] = row
+        for count, row in enumerate(pool.imap(work, todo), 1):
+            _add(row, done)
             print(json.dumps(row), file=file, flush=True)
-            trouble = row.get("error") or row.get("problems") or row.get("skipped") or ""
-            print(f"{count}/{len(todo)} {row['model']} {row['seconds']} s {trouble}", flush=True)
+            said = row.get("real", row)
+            trouble = said.get("error") or said.get("problems") or said.get("skipped") or ""
+            print(f"{count}/{len(todo)} {row['model']} {said['seconds']} s {trouble}", flush=True)
+
+
+def _add(row: dict[str, Any], done: dict[str, dict[str, Any]]) -> None:
+    """What a later line says of a model counts; one about a real run comes on top."""
+    name = row["model"]
+    done[name] = {**done[name], **row} if "real" in row else row
 
 
 def _read(state: Path) -> dict[str, dict[str, Any]]:
-    lines = state.read_text().splitlines() if state.is_file() else []
-    return {row["model"]: row for row in map(json.loads, lines)}
+    done: dict[str, dict[str, Any]] = {}
+    for line in state.read_text().splitlines() if state.is_file() else []:
+        _add(json.loads(line), done)
+    return done
 
 
 def _versions() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -79,17 +80,21 @@ def family(name: str) -> str:
     return f"transformers/{rest.partition('/')[2]}"
 
 
-def build(name: str) -> Built:
-    """The model in eval mode and the arguments of one forward pass.
+def build(name: str, device: str) -> Built:
+    """The model in eval mode and the arguments of one forward pass, which it has not been run on.
+
+    Args:
+        name: Library/name, as in the catalogue.
+        device: `meta` or `cpu`. Detectors are always built on the CPU.
 
     Raises:
         NotBuilt: The library cannot build it on this machine.
     """
     library, _, rest = name.partition("/")
     if library == "timm":
-        return _on_meta_or_real(lambda: timm.create_model(rest))
+        return _built(lambda: timm.create_model(rest), device)
     if library == "transformers":
-        return _build_transformers(*rest.split("/"))
+        return _build_transformers(*rest.split("/"), device)
     if rest in torchvision.models.list_models(module=torchvision.models.detection):
         size = {"min_size": DETECTION_SIZE, "max_size": DETECTION_SIZE}
         size = {} if "ssd" in rest else size
@@ -100,50 +105,33 @@ def build(name: str) -> Built:
         extra["weights_backbone"] = None
     if "inception" in rest or rest == "googlenet":
         extra["init_weights"] = False
-    return _on_meta_or_real(lambda: torchvision.models.get_model(rest, weights=None, **extra))
+    return _built(lambda: torchvision.models.get_model(rest, weights=None, **extra), device)
 
 
-def _on_meta_or_real(make: Any) -> Built:
-    """Built on the meta device where the model runs there."""
-    try:
-        with torch.device("meta"):
-            model = make().eval()
-        inputs = example_inputs(model)
-        with torch.no_grad():
-            model(*inputs)
-    except Exception:
+def _built(make: Callable[[], nn.Module], device: str) -> Built:
+    with torch.device(device):
         model = make().eval()
-        inputs = example_inputs(model)
-    return model, inputs
+        return model, example_inputs(model)
 
 
-def _build_transformers(task: str, name: str) -> Built:
+def _build_transformers(task: str, name: str, device: str) -> Built:
     import transformers
 
     builder = getattr(transformers, TASKS[task.upper()])
     try:
         config = transformers.CONFIG_MAPPING[name]()
     except Exception as error:
-        raise NotBuilt(f"no default configuration: {_short(error)}") from None
+        raise NotBuilt(f"no default configuration: {short(error)}") from None
+    config.architectures = []  # of which one is chosen where a task has several
     for part in (config, *vars(config).values()):
         if hasattr(part, "use_pretrained_backbone"):
             part.use_pretrained_backbone = False
-
-    def attempt(device: str) -> Built:
-        with torch.device(device):
-            model = builder.from_config(config).eval()
-            inputs = (torch.zeros(1, *_image_shape(config)),)
-        with torch.no_grad():
-            model(*inputs)
-        return model, inputs
-
-    try:
-        return attempt("meta")
-    except Exception:
+    with torch.device(device):
         try:
-            return attempt("cpu")
+            model = builder.from_config(config).eval()
         except Exception as error:
-            raise NotBuilt(f"its default configuration does not run: {_short(error)}") from None
+            raise NotBuilt(f"not built from its default configuration: {short(error)}") from None
+        return model, (torch.zeros(1, *_image_shape(config)),)
 
 
 def _image_shape(config: Any) -> tuple[int, int, int]:
@@ -154,6 +142,7 @@ def _image_shape(config: Any) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def _short(error: Exception) -> str:
+def short(error: Exception) -> str:
+    """An error in one line, for the report."""
     text = re.sub(r"\s+", " ", str(error)).strip()
     return f"{type(error).__name__}: {text[:160]}"

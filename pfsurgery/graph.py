@@ -296,12 +296,24 @@ def _record(shadow: nn.Module, example: tuple[Any, ...]) -> GraphView:
     return recorder.view
 
 
+# What a tensor is asked for without reading its values: a detector's anchors depend on sizes alone.
+_OF_SHAPES = ("__get__", "size", "dim", "numel", "__len__")
+
+
+def _tells_more_than_shape(function: Any) -> bool:
+    return getattr(function, "__name__", "") not in _OF_SHAPES
+
+
 def _convolution_name(function: Any) -> str | None:
     """`conv2d` and the like, if `function` convolves."""
     if isinstance(function, torch._ops.OpOverload):
         name = function.overloadpacket.__name__
         return name if function.namespace == "aten" and name in _EXPORTED else None
     return str(function.__name__) if function in _CONVOLUTIONS else None
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
 
 
 class _Recorder(TorchFunctionMode):
@@ -315,6 +327,7 @@ class _Recorder(TorchFunctionMode):
         self._node_of = WeakIdKeyDictionary()
         self._stack: list[str] = [""]
         self._leaf: nn.Module | None = None
+        self._leaf_reads = False
         self._weights = {
             id(parameter): path
             for path, module in modules.items()
@@ -357,7 +370,12 @@ class _Recorder(TorchFunctionMode):
         if self._leaf is None:
             self.add("call_function", func, (args, kwargs), output)
             self._note_foreign_reads(args, kwargs)
+        elif not self._leaf_reads and (_tells_more_than_shape(func) or tensors_in(output)):
+            self._leaf_reads = self._any_has_a_node((args, kwargs))
         return output
+
+    def _any_has_a_node(self, values: Any) -> bool:
+        return any(tensor in self._node_of for tensor in tensors_in(values))
 
     def _add_orphan(
         self,
@@ -396,7 +414,7 @@ class _Recorder(TorchFunctionMode):
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._stack.append(self._paths[module])
         if self._leaf is None and self._stack[-1] and is_leaf(module):
-            self._leaf = module
+            self._leaf, self._leaf_reads = module, False
 
     def _leave(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -404,7 +422,8 @@ class _Recorder(TorchFunctionMode):
         path = self._stack.pop()
         if self._leaf is module:
             self._leaf = None
-            self.add("call_module", path, (args, kwargs), output)
+            if self._leaf_reads or _has_weights(module) or self._any_has_a_node(output):
+                self.add("call_module", path, (args, kwargs), output)
         elif self._leaf is None and path:
             self._add_pass(path, args, kwargs, output)
 

@@ -126,10 +126,11 @@ def reads_input(node: fx.Node, seen: GraphView) -> bool:
         if not isinstance(source, fx.Node) or source in visited:
             continue
         visited.add(source)
+        if _has_matrix(source, seen):
+            continue
         if source.op == "placeholder" or (source.op == "call_module" and not source.args):
             return True  # a node whose sources are unknown may read the input
-        if not _has_matrix(source, seen):
-            stack.extend(source.args)
+        stack.extend(source.args)
     return False
 
 

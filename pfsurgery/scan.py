@@ -168,9 +168,14 @@ def _positions(shape: tuple[int, ...], geometry: Geometry) -> int:
 def _why_blocked(name: str, conv: nn.Module, seen: GraphView) -> str | None:
     if is_quantised(conv):
         return "it is quantised; convert the floating-point model, and quantise what comes out"
-    if not isinstance(conv, Convolution):
-        return "it is transposed: it enlarges its input, which no pool or shift does"
     geometry = geometry_of(conv)
+    if not isinstance(conv, Convolution):
+        if geometry.strided:
+            return "it is transposed: it enlarges its input, which no pool or shift does"
+        return (
+            "it is transposed, though without a stride: write it as a convolution of the flipped "
+            "kernel before converting"
+        )
     if geometry.dims == 1 and geometry.in_channels == geometry.out_channels == 1:
         return "it has a single channel: a filter along a vector, as in channel attention"
     if hasattr(conv, "parametrizations") or any(

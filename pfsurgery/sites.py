@@ -288,9 +288,9 @@ def _tuples_inside(values: dict[str, Any]) -> dict[str, Any]:
     return {key: _tuples(value) for key, value in values.items()}
 
 
-# Classes whose geometry is known, by qualified name so that timm is not imported. What they do to
+# Classes whose geometry is known, by qualified name so that no library is imported. What they do to
 # their weights does not matter to an op without weights. The value says whether the class pads
-# dynamically, the way "same" is defined here.
+# dynamically, the way "same" is defined here; None that each of its modules says so.
 _KNOWN_CONVOLUTIONS = {
     "torch.nn.modules.conv.Conv1d": False,
     "torch.nn.modules.conv.Conv2d": False,
@@ -301,6 +301,9 @@ _KNOWN_CONVOLUTIONS = {
     "timm.layers.std_conv.StdConv2dSame": None,
     "timm.layers.std_conv.ScaledStdConv2d": False,
     "timm.layers.std_conv.ScaledStdConv2dSame": None,
+    "transformers.models.align.modeling_align.AlignVisionDepthwiseConv2d": False,
+    "transformers.models.bit.modeling_bit.WeightStandardizedConv2d": None,
+    "transformers.models.efficientnet.modeling_efficientnet.EfficientNetDepthwiseConv2d": False,
 }
 
 
@@ -341,7 +344,8 @@ def geometry_of(conv: nn.Module) -> Geometry:
     settings: Any = conv
     same = _KNOWN_CONVOLUTIONS.get(class_name(conv), False)
     if same is None:
-        same = bool(getattr(conv, "same_pad", False))
+        padded_before = getattr(conv, "pad", None)  # by Hugging Face's BiT
+        same = bool(getattr(conv, "same_pad", False)) or padded_before is not None
     padding: Size | Literal["same"]
     if same or settings.padding == "same":
         padding = "same"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import timm
 import torch
 
 from pfsurgery import convert, record, scan
 from pfsurgery.scan import is_spatial
+from tests.closed_list import RESULT, reason_of
 
 # The smallest model of each family that has spatial convolutions, and how many it has.
 FAMILIES = {
@@ -156,8 +159,9 @@ def check(name: str) -> None:
         assert len(named) == FAMILIES[name]
     fast = convert(model, "maxpool_all")
     chosen = record(fast).plans[0]
+    assert sum(decision.site.stem for decision in chosen) <= 2, "CrossViT has two stems"
     for decision in chosen:
-        assert decision.replaced or decision.reason
+        assert decision.replaced or reason_of(decision.reason), decision
         plain = decision.site.geometry.stride == (1, 1) and not decision.site.stem
         if plain and decision.site.blocked is None:
             assert decision.replaced, decision
@@ -179,3 +183,15 @@ def test_a_family(name):
 @pytest.mark.filterwarnings("ignore::UserWarning:timm")
 def test_every_other_family(name):
     check(name)
+
+
+def test_each_site_of_the_sweep_is_kept_for_a_reason_of_the_closed_list():
+    rows = json.loads(RESULT.read_text())["models"]
+    kept = {text for row in rows for text in row.get("maxpool_all", {}).get("kept", {})}
+    assert kept
+    assert not [text for text in kept if reason_of(text) is None]
+
+
+@pytest.mark.parametrize("text", ["", "it cannot be converted", "unknown: it reads something"])
+def test_a_catch_all_is_not_in_the_list(text):
+    assert reason_of(text) is None

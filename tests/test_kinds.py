@@ -27,6 +27,7 @@ from torch.nn.utils import parametrizations
 import pfsurgery
 from pfsurgery import convert, load, plan, record, save, scan
 from pfsurgery.errors import ShapeError, SurgeryError
+from tests.closed_list import reason_of
 
 EXAMPLE = torch.zeros(1, 3, 17, 17)
 
@@ -125,6 +126,7 @@ KEPT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "spectral norm, by hooks": (lambda: nn.utils.spectral_norm(conv()), "weight is parametrised"),
     "orthogonal": (lambda: parametrizations.orthogonal(conv()), "its weight is parametrised"),
     "transposed": (lambda: nn.ConvTranspose2d(8, 8, 2, 2), "transposed: it enlarges its input"),
+    "transposed, stride 1": (lambda: nn.ConvTranspose2d(8, 8, 3, padding=1), "the flipped kernel"),
     "even, dilated, same": (lambda: nn.Conv2d(8, 8, 2, padding="same", dilation=2), "every pixel"),
     "padded beyond its reach": (lambda: nn.Conv2d(8, 8, 3, padding=3), "nothing but padding"),
 }
@@ -140,6 +142,7 @@ def test_these_are_kept_and_the_reason_is_theirs(kind):
     decision = plan(model, "maxpool_all", example=EXAMPLE)["site"]
     assert decision.op == "keep"
     assert reason in decision.reason
+    assert reason_of(decision.reason)
     fast = convert(model, "maxpool_all", example=EXAMPLE)
     x = torch.randn(1, 3, 17, 17)
     torch.testing.assert_close(fast(x), model(x))
@@ -168,6 +171,7 @@ def test_filters_that_are_mixed_for_each_image_are_kept():
         d for d in plan(net(Routed()), "maxpool_all", example=EXAMPLE) if "site" in d.site.name
     ]
     assert "mixed anew for each image" in decision.reason
+    assert reason_of(decision.reason)
 
 
 def test_a_lazy_convolution_is_an_error_that_says_what_to_do():
@@ -194,6 +198,7 @@ def test_quantised_convolutions_are_kept(aware):
     decision = plan(model.eval(), "maxpool_all", example=EXAMPLE)["site.1"]
     assert decision.site.geometry.kernel_size == (3, 3)
     assert "it is quantised; convert the floating-point model" in decision.reason
+    assert reason_of(decision.reason)
     x = torch.randn(1, 3, 17, 17)
     torch.testing.assert_close(convert(model, "maxpool_all", example=EXAMPLE)(x), model(x))
 
@@ -356,3 +361,23 @@ def test_outside_of_a_graph_they_are_kept_with_the_way_out():
     decided = plan(Loose(), "maxpool_all", example=EXAMPLE)
     assert not decided.replaced
     assert "torch.export.export" in decided["model:conv2d"].reason
+
+
+@pytest.mark.parametrize("padding", [None, "same"])
+def test_hugging_faces_own_convolutions_are_known(padding):
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_sizes": [8, 16], "depths": [1, 1], "embedding_size": 8, "num_groups": 4}
+    bit = transformers.BitConfig(**small, global_padding=padding, layer_type="bottleneck")
+    efficient = transformers.EfficientNetConfig(
+        width_coefficient=0.25, depth_coefficient=0.1, hidden_dim=320
+    )
+    for model, size in (
+        (transformers.BitModel(bit).eval(), 75),
+        (transformers.EfficientNetModel(efficient).eval(), 64),
+    ):
+        x = torch.randn(1, 3, size, size)
+        fast = convert(model, "maxpool_all", example=x)
+        assert all(d.replaced or d.site.stem for d in record(fast).plans[0])
+        with torch.no_grad():
+            meant, made = (network(x).last_hidden_state for network in (model, fast))
+        assert made.shape == meant.shape

@@ -9,6 +9,7 @@ from pfsurgery import Site, register_convolution, scan
 from pfsurgery.errors import NoSitesError, ShapeError, WrappedModelError
 from pfsurgery.scan import is_spatial
 from tests import zoo
+from tests.closed_list import reason_of
 
 
 def site(model: nn.Module, name: str) -> Site:
@@ -79,7 +80,9 @@ def test_stems_and_outputs_are_marked():
     ],
 )
 def test_what_cannot_be_replaced_says_why(model, name, reason):
-    assert reason in site(model(), name).blocked
+    blocked = site(model(), name).blocked
+    assert reason in blocked
+    assert reason_of(blocked)
 
 
 def test_a_registered_subclass_is_free():
@@ -223,7 +226,9 @@ def test_lazy_and_tied_convolutions_are_explained():
         scan(nn.Sequential(nn.LazyConv2d(4, 3)), zoo.EXAMPLE)
     tied = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3)))
     tied[2].weight = tied[1].weight
-    assert "shared with 2" in scan(tied, zoo.EXAMPLE)[1].blocked
+    blocked = scan(tied, zoo.EXAMPLE)[1].blocked
+    assert "shared with 2" in blocked
+    assert reason_of(blocked)
 
 
 def test_a_linear_layer_mixes_channels_only_where_they_are_last():
@@ -240,3 +245,26 @@ def test_a_linear_layer_mixes_channels_only_where_they_are_last():
     for last in (True, False):
         after = site(Rows(last), "site").neighbours.pointwise_after
         assert after == ("linear" if last else None)
+
+
+def test_a_layer_that_reads_sizes_alone_leads_nowhere_and_one_that_turns_its_input_does():
+    class Grid(nn.Module):
+        def forward(self, x):
+            return torch.ones(x.shape[-2:], dtype=x.dtype, device=x.device)
+
+    class Turned(nn.Module):
+        def forward(self, x):
+            return x.mT
+
+    class Boxes(nn.Module):
+        def __init__(self, between):
+            super().__init__()
+            self.stem, self.conv = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+            self.between, self.classes = between, nn.Linear(4, 2)
+
+        def forward(self, x):
+            y = self.conv(self.stem(x))
+            return self.between(y), self.classes(y.mean((2, 3)))
+
+    assert not site(Boxes(Grid()), "conv").output
+    assert site(Boxes(Turned()), "conv").output
