@@ -34,7 +34,7 @@ from pfsurgery.convert import marker
 from pfsurgery.measure import count
 from pfsurgery.policy import get_policy
 from pfsurgery.recover import Budget
-from pfsurgery.recover.calibration import frozen_copy, hold_out
+from pfsurgery.recover.calibration import frozen_copy
 from pfsurgery.recover.capture import outputs
 from pfsurgery.recover.choices import carry_out, read_choices
 from pfsurgery.recover.polish import distance
@@ -55,9 +55,8 @@ class Bench:
         self.model = base_nets.load_net(args.net, args.data)
         train = base_nets.load_images("train", args.data)[0]
         self.images = list(base_nets.normalise(train[: args.images]).split(250))
-        self.judges = hold_out(self.images)[1]
         self.val = base_nets.load_images("val", args.data)
-        self.wanted = outputs(frozen_copy(self.model), self.judges)
+        self.wanted = outputs(frozen_copy(self.model), self.images)
         weights = b"".join(p.detach().numpy().tobytes() for p in self.model.parameters())
         facts: Row = {
             "net": args.net,
@@ -98,7 +97,7 @@ class Bench:
             budget_mmacs=budget,
             name=name,
             mmacs=self.cost(model),
-            damage=distance(self.wanted, outputs(model, self.judges)),
+            damage=distance(self.wanted, outputs(model, self.images)),
             top1=self.top1(model),
             seconds=seconds,
             **more,

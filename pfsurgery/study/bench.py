@@ -39,7 +39,7 @@ class Point:
         macs: Multiply-adds of one image.
         params: Parameters.
         ms: Time of one batch, as `optimize` leaves it.
-        damage: Distance of its outputs to the original's on held-out images (KL in nats).
+        damage: Distance of its outputs to the original's on the images (KL in nats).
         top1: Accuracy in percent, None where no `validate` was given.
         chosen: Whether it is the result.
     """

@@ -23,7 +23,7 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """Held-out images, and what the original gives for them.
+    """Images, and what the original gives for them.
 
     Attributes:
         batches: Images (N, C, H, W), one batch each.
@@ -39,8 +39,17 @@ class Judge:
 
 
 def judge_of(choices: Choices) -> Judge:
-    """The judge that compares with the original of `choices`."""
+    """Compares by the held-out images: for changes of one site, of which all see the same ones."""
     return Judge(choices.judges, outputs(choices.teacher, choices.judges))
+
+
+def judge_by_all(choices: Choices) -> Judge:
+    """Compares by all images: whole networks differ by less than the noise of a few of them.
+
+    A fit has few numbers for the positions that it sees, so that it hardly knows the images.
+    """
+    images = [*choices.batches, *choices.judges]
+    return Judge(images, outputs(choices.teacher, images))
 
 
 def damages(

@@ -31,7 +31,7 @@ from pfsurgery.study.bench import (
     measured_alone,
 )
 from pfsurgery.study.competitors import on_hull, with_unfitted
-from pfsurgery.study.damage import damages, judge_of
+from pfsurgery.study.damage import damages, judge_by_all, judge_of
 from pfsurgery.study.optuna_search import (
     STORAGE,
     STUDY_PAGE,
@@ -44,7 +44,7 @@ from pfsurgery.study.programme import programme
 
 _FITTED = 12  # bottlenecks of a site that compete
 _SEEDS = 6  # budgets whose solutions Optuna begins with
-_ROUNDS = 2  # of repair; further ones have not been seen to help
+_ROUNDS = 2  # of repair
 
 
 def search(
@@ -70,8 +70,8 @@ def search(
     3. Damages interact, so forms near the chosen ones are measured again, each inside the converted
        network, and the programme picks again; this is kept where it brings the output closer.
 
-    So the result is never further from the original, on the held-out images, than that of
-    `budget`. It takes about four times as long.
+    So the result is never further from the original, on these images, than that of `budget`. It
+    takes several times as long.
 
     Args:
         model: The trained model; left as it is.
@@ -94,7 +94,7 @@ def search(
     mark = marker(model, policy, example, include, exclude, None)
     choices = on_hull(read_choices(model, mark, images, policy.forms, tell), _FITTED)
     rivals = with_unfitted(choices, ops)
-    bench = Bench(rivals, judge_of(rivals), validate, policy.batch, policy.unit, tell)
+    bench = Bench(rivals, judge_by_all(rivals), validate, policy.batch, policy.unit, tell)
 
     equal = bench.make("equal relative errors", "budget", policy.choose(choices, tell)[0])
     alone = measured_alone(bench, folder)
@@ -168,7 +168,7 @@ def search_front(
         {"unit": policy.unit, "batch": policy.batch, "ops": list(ops)},
     )
     choices = replace(choices, options=options)
-    bench = Bench(choices, judge_of(choices), validate, policy.batch, policy.unit, tell)
+    bench = Bench(choices, judge_by_all(choices), validate, policy.batch, policy.unit, tell)
     alone = measured_alone(bench, folder)
     front = explore(
         study,
@@ -235,9 +235,9 @@ def _repaired(policy: Budget, bench: Bench, best: Made) -> Places:
     choices = bench.choices
     near = {site.name: _near(choices, site.name, best.places[site.name]) for site in choices.sites}
     options = {name: [choices.options[name][i] for i in places] for name, places in near.items()}
-    seen = view(choices.teacher, (choices.batches[0][:1],))
+    judge, seen = judge_of(choices), view(choices.teacher, (choices.batches[0][:1],))
     harm = {
-        site.name: damages(choices, best.network, site, options[site.name], bench.judge, seen)
+        site.name: damages(choices, best.network, site, options[site.name], judge, seen)
         for site in tracked(choices.sites, "measuring sites inside")
     }
     picked, _ = policy.choose(replace(choices, options=options), bench.tell, harm, programme)
