@@ -118,9 +118,9 @@ def test_text_from_a_run_is_text(made):
 
 @pytest.mark.parametrize(("predicted", "warned"), [(5.1, True), (4.1, False), (3.0, True)])
 def test_a_prediction_that_does_not_hold_is_said(made, predicted, warned):
-    page = text_of(write_report(made("search", lambda v: v.update(predicted_ms=predicted))))
+    page = text_of(write_report(made("search", lambda v: v.update(predicted_gain_ms=predicted))))
     assert ("not within 15 %" in page) == warned
-    without = text_of(write_report(made("search", lambda v: v.update(measured_ms=None))))
+    without = text_of(write_report(made("search", lambda v: v.update(measured_gain_ms=None))))
     assert "15 %" not in without
 
 

@@ -510,7 +510,7 @@ def test_the_command(cli, tmp_path):
     assert run.command.startswith("pfsurgery study robustness --model ")
     wrong = cli(*args, "--images", 3, "--checkpoint", weights)
     assert wrong.code == 2
-    assert "number 2, not 3" in wrong.err
+    assert "number (then 2, now 3)" in wrong.err
     unconverted = cli(*args[:2], *small[:2], *args[4:])
     assert unconverted.code == 2
     helped = cli("study", "robustness", "--help")
