@@ -48,9 +48,6 @@ from pfsurgery.plan import make_plan
 from pfsurgery.policy import get_policy
 from pfsurgery.sites import Site
 
-# numba asks for a package of this file's name, and takes it for that package
-sys.modules.setdefault("coverage", None)  # type: ignore[arg-type]
-
 if __name__ == "coverage":  # as numba asks for the package of this name from a script beside it
     raise ImportError("benchmarks/coverage.py is a script, not the package coverage")
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pfsurgery.checkpoint import CONFIG
-from pfsurgery.errors import SurgeryError
-from pfsurgery.files import write_atomically
+from pfsurgery.files import write_text
 
 if TYPE_CHECKING:
     from pfsurgery.job import Report
@@ -27,10 +26,7 @@ def write_card(directory: Path, report: Report) -> Path:
     base = json.loads((directory / CONFIG).read_text(encoding="utf-8"))["pfsurgery"]["base"]
     front = yaml.safe_dump(_front_matter(base, report), sort_keys=False)
     path = directory / CARD
-    try:
-        write_atomically(path, f"---\n{front}---\n\n{_text(base, report)}".encode())
-    except OSError as error:
-        raise SurgeryError(f"{path} cannot be written: {error.strerror}.") from None
+    write_text(path, f"---\n{front}---\n\n{_text(base, report)}")
     return path
 
 

@@ -6,6 +6,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from pfsurgery.errors import SurgeryError
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a crash, a kill or a full disk leaves either the old or the new one.
@@ -28,6 +30,19 @@ def write_atomically(path: Path, content: bytes) -> None:
         Path(temporary).unlink(missing_ok=True)
         raise
     _flush_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in this way, in a folder that is made if it is missing.
+
+    Raises:
+        SurgeryError: It cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text.encode())
+    except OSError as error:
+        raise SurgeryError(f"{path} cannot be written: {error.strerror}.") from None
 
 
 def remove_remains(folder: Path, pattern: str) -> None:

@@ -13,13 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from pfsurgery.base import base_of
 from pfsurgery.batches import unlabelled_images
 from pfsurgery.card import write_card
 from pfsurgery.checkpoint import load, save
 from pfsurgery.convert import convert
-from pfsurgery.errors import SurgeryError
-from pfsurgery.files import write_atomically
 from pfsurgery.measure import Comparison, compare
 from pfsurgery.plan import Plan
 from pfsurgery.policy import DataPolicy, Tell
@@ -35,7 +32,8 @@ from pfsurgery.recover import (
 )
 from pfsurgery.recover.finetune import check_run
 from pfsurgery.recover.processes import first_process_first
-from pfsurgery.run_folder import note_run
+from pfsurgery.recover.state import writable_folder
+from pfsurgery.run_folder import note_run, write_json
 from pfsurgery.select import Patterns
 
 if TYPE_CHECKING:
@@ -157,7 +155,7 @@ def run_job(
     Raises:
         SurgeryError: `out` cannot be written, or a step fails; the message says what to do.
     """
-    folder = writable(out)
+    folder = writable_folder(out)
     config = config or FinetuneConfig()
     check_run(original, config, val=val, folder=folder, resume=resume)
     steps: list[Step] = []
@@ -173,8 +171,7 @@ def run_job(
 
     with first_process_first() as first:
         if first:
-            base = base_of(original)
-            note_run(folder, "finetune", model=base.name if base else type(original).__name__)
+            note_run(folder, "finetune", model=original)
         if (folder / _STEPS).exists() and (resume or not first):
             tell("taking over what was converted before")
             fast = load(folder / _CONVERTED_FOLDER, base=copy.deepcopy(original))
@@ -208,11 +205,7 @@ def run_job(
 
 
 def _write_steps(folder: Path, steps: list[Step]) -> None:
-    text = json.dumps([asdict(step) for step in steps], indent=2)
-    try:
-        write_atomically(folder / _STEPS, text.encode())
-    except OSError as error:
-        raise SurgeryError(f"{folder / _STEPS} cannot be written: {error.strerror}.") from None
+    write_json(folder / _STEPS, [asdict(step) for step in steps])
 
 
 def _read_steps(folder: Path) -> list[Step]:
@@ -244,19 +237,6 @@ def _surgery(
     step("norms re-estimated", lambda: _quietly(recalibrate, fast, images), fast)
     step("refitted", lambda: _quietly(reconstruct, fast, original, images, tell=tell), fast)
     return fast, example
-
-
-def writable(out: str | Path) -> Path:
-    """The folder `out`, made if it is missing; a SurgeryError where it cannot be written."""
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise SurgeryError(f"{folder} cannot be written: {error.strerror}.") from None
-    return folder
 
 
 def _quietly(work: Callable[..., object], *args: Any, **kwargs: Any) -> None:

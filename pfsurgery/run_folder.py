@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from torch import nn
 
+from pfsurgery.base import base_of
 from pfsurgery.errors import SurgeryError
-from pfsurgery.files import write_atomically
+from pfsurgery.files import write_text
 
 RUN = "run.json"
 Kind = Literal["finetune", "sensitivity", "search", "layer", "nas", "robustness"]
@@ -42,8 +44,13 @@ class Run:
     started: str
 
 
-def note_run(folder: str | Path, kind: Kind, *, model: str = "") -> Run:
+def note_run(folder: str | Path, kind: Kind, *, model: nn.Module | None = None) -> Run:
     """Write `run.json` into a run folder, which is made if it is missing.
+
+    Args:
+        folder: The run folder.
+        kind: What is done.
+        model: The model that it is about, if it is about one.
 
     Raises:
         SurgeryError: It cannot be written.
@@ -56,7 +63,7 @@ def note_run(folder: str | Path, kind: Kind, *, model: str = "") -> Run:
     run = Run(
         kind,
         _command(),
-        model,
+        "" if model is None else _name_of(model),
         device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         torch.get_num_threads(),
         {"pfsurgery": pfsurgery.__version__, "torch": torch.__version__, "timm": timm.__version__},
@@ -87,11 +94,7 @@ def write_json(path: Path, values: Any) -> None:
     Raises:
         SurgeryError: It cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(values, indent=1).encode())
-    except OSError as error:
-        raise SurgeryError(f"{path} cannot be written: {error.strerror}.") from None
+    write_text(path, json.dumps(values, indent=1))
 
 
 def read_json(path: Path) -> Any:
@@ -106,6 +109,11 @@ def read_json(path: Path) -> Any:
         raise SurgeryError(f"{path} cannot be read: {error.strerror}.") from None
     except ValueError as error:
         raise SurgeryError(f"{path} is not JSON: {error}.") from None
+
+
+def _name_of(model: nn.Module) -> str:
+    base = base_of(model)
+    return type(model).__name__ if base is None else base.name
 
 
 def _command() -> str:

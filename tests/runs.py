@@ -28,7 +28,7 @@ def plan() -> Plan:
 
 def write(folder: Path, kind: Kind, values: Any) -> Path:
     """A run folder with `run.json` and the kind's file."""
-    note_run(folder, kind, model="test_resnet")
+    note_run(folder, kind, model=timm.create_model("test_resnet", num_classes=2))
     if kind == "sensitivity":
         lines = "".join(json.dumps(record) + "\n" for record in values)
         (folder / "sensitivity.jsonl").write_text(lines)

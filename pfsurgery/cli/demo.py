@@ -9,8 +9,8 @@ import typer
 
 from pfsurgery import demo as demo_job
 from pfsurgery.cli import options, show
-from pfsurgery.job import writable
 from pfsurgery.recover import budget
+from pfsurgery.recover.state import writable_folder
 
 
 def demo(
@@ -33,7 +33,7 @@ def demo(
 
     Example: pfsurgery demo --policy budget --macs 30%
     """
-    writable(out)
+    writable_folder(out)
     report = demo_job.run(
         out,
         policy=budget(macs, params, latency, thin=thin) if policy == "budget" else policy,

@@ -10,11 +10,12 @@ import typer
 from pfsurgery.cli import options, show
 from pfsurgery.cli.settings import with_settings
 from pfsurgery.data import Augmentation, open_data
-from pfsurgery.job import run_job, writable
+from pfsurgery.job import run_job
 from pfsurgery.recover.config_file import read_config
 from pfsurgery.recover.optimizer import check_optimizer
 from pfsurgery.recover.prepare import check_backend
 from pfsurgery.recover.processes import join_processes
+from pfsurgery.recover.state import writable_folder
 
 
 @with_settings
@@ -58,7 +59,7 @@ def finetune(
     chosen_settings = read_config(config, settings)
     check_optimizer(chosen_settings)
     check_backend(chosen_settings)
-    writable(out)
+    writable_folder(out)
     join_processes()
     original = options.opened(model, pretrained, checkpoint, num_classes, model_kwarg)
     images = open_data(

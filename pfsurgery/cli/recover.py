@@ -14,10 +14,11 @@ from pfsurgery.checkpoint import save
 from pfsurgery.cli import options, show
 from pfsurgery.convert import convert
 from pfsurgery.errors import PolicyError
-from pfsurgery.job import first_images, writable
+from pfsurgery.job import first_images
 from pfsurgery.models import open_original
 from pfsurgery.record import record
 from pfsurgery.recover import reconstruct
+from pfsurgery.recover.state import writable_folder
 from pfsurgery.tables import refit_table
 
 _FITTED = ("budget", "bare")
@@ -57,7 +58,7 @@ def recover(
             f"{policy} is fitted to images while it converts, which leaves nothing to recover: "
             f"use pfsurgery convert."
         )
-    writable(out)
+    writable_folder(out)
     if policy is None:
         fast = options.opened(model, False, None, num_classes, model_kwarg)
         record(fast)

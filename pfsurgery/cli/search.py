@@ -14,11 +14,12 @@ from pfsurgery.batches import unlabelled_images
 from pfsurgery.checkpoint import save
 from pfsurgery.cli import options, show
 from pfsurgery.errors import PolicyError
-from pfsurgery.job import first_images, writable
+from pfsurgery.job import first_images
 from pfsurgery.recover import Budget, budget
+from pfsurgery.recover.state import writable_folder
 from pfsurgery.study.bench import Found
+from pfsurgery.study.search import OPS, search_front
 from pfsurgery.study.search import search as search_model
-from pfsurgery.study.search import search_front
 from pfsurgery.study.tables import found_table
 
 MODEL = "model"
@@ -72,7 +73,7 @@ def search(
     if method not in _METHODS:
         raise PolicyError(f"--method is {' or '.join(_METHODS)}, not {method!r}.")
     policy = _policy(budget, batch, thin)
-    writable(out)
+    writable_folder(out)
     net = options.opened(model, pretrained, checkpoint, num_classes, model_kwarg)
     images = first_images(unlabelled_images(data, net), number)
     work: Callable[..., Found] = search_model
@@ -82,7 +83,7 @@ def search(
         net,
         policy,
         images,
-        ops=op or ("max_pool", "avg_pool"),
+        ops=op or OPS,
         validate=options.validation(data, top1),
         include=include or None,
         exclude=exclude or None,

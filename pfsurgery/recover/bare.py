@@ -8,15 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pfsurgery.plan import Decision, Plan
-from pfsurgery.policy import KEEP, Rule, Tell
+from pfsurgery.plan import Plan
+from pfsurgery.policy import Rule, Tell
 from pfsurgery.recover.calibration import (
     calibration_batches,
-    dressed,
     frozen_copy,
     hold_out,
     in_fast_layout,
 )
+from pfsurgery.recover.choices import finished
 from pfsurgery.recover.options import Option
 from pfsurgery.recover.polish import polish
 from pfsurgery.recover.screen import is_wide
@@ -52,24 +52,14 @@ class Bare:
         chosen = {s.name: _option(s) for s in sites}
         student, done = refit_in_order(teacher, sites, chosen, batches, tell, {})
         polish(student, teacher, batches, judges, tell)
-        decisions = tuple(_decided(d, chosen, done) for d in plan)
-        return dressed(student, model), Plan(self.name, decisions)
+        kept = "too many channels to choose all their operations together"
+        return finished(model, student, self.name, plan, done, kept)
 
 
 def _option(site: Site) -> Option | None:
     if site.kind == "dense" and is_wide(site, site_operations(site)):
         return None
     return Option("bare", (site.geometry.in_channels,), 0.0, 0.0)
-
-
-def _decided(
-    decision: Decision, chosen: dict[str, Option | None], done: dict[str, Decision]
-) -> Decision:
-    name = decision.site.name
-    if name in chosen and chosen[name] is None:
-        why = "too many channels to choose all their operations together"
-        return Decision(decision.site, KEEP, reason=why)
-    return done.get(name, decision)
 
 
 def bare() -> Bare:

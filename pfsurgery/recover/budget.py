@@ -76,8 +76,8 @@ class Budget:
 
     @property
     def amount(self) -> Amount:
-        """The limit, absolute or a share."""
-        return next(v for v in (self.macs, self.params, self.latency, "100%") if v is not None)
+        """The limit, absolute or a share; there is none with `max_drop`."""
+        return next(v for v in (self.macs, self.params, self.latency) if v is not None)
 
     def decide(self, site: Site) -> Rule | None:
         """Every site that can be fitted takes part."""
@@ -108,7 +108,7 @@ class Budget:
             if times is not None:
                 done = {name: _with_time(d, times[name], places[name]) for name, d in done.items()}
         kept = "the budget is better spent on keeping it"
-        return finished(model, student, self.name, choices, done, kept)
+        return finished(model, student, self.name, choices.plan, done, kept)
 
     def choose(
         self,

@@ -41,6 +41,7 @@ _POSITIONS = POSITIONS // 2  # looked at to choose forms; the fits look at all
 _MEMORY = 1 << 31  # bytes of Gram matrices that are held at once, about
 
 Options = Mapping[str, Sequence[Option | None]]
+Places = dict[str, int]  # index of each site's option
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ def read_choices(
 
 
 def carry_out(
-    choices: Choices, places: Mapping[str, int], tell: Tell = lambda line: None
+    choices: Choices, places: Places, tell: Tell = lambda line: None
 ) -> tuple[nn.Module, dict[str, Decision]]:
     """The model with one option a site, each solved with inputs from what was edited before it.
 
@@ -120,7 +121,7 @@ def finished(
     model: nn.Module,
     student: nn.Module,
     name: str,
-    choices: Choices,
+    plan: Plan,
     done: Mapping[str, Decision],
     kept: str,
 ) -> tuple[nn.Module, Plan]:
@@ -130,19 +131,17 @@ def finished(
         model: The model that was converted.
         student: The edited network.
         name: What the plan calls its policy.
-        choices: What there was to choose from.
+        plan: All sites of the model; those that took part are the replaced ones.
         done: What was done at each site that changed.
         kept: Why the other sites that took part were kept.
     """
-    took_part = {site.name for site in choices.sites}
 
     def decided(decision: Decision) -> Decision:
-        site = decision.site
-        if site.name in took_part and site.name not in done:
-            return Decision(site, KEEP, reason=kept)
-        return done.get(site.name, decision)
+        if decision.replaced:
+            return done.get(decision.site.name, Decision(decision.site, KEEP, reason=kept))
+        return decision
 
-    return dressed(student, model), Plan(name, tuple(decided(d) for d in choices.plan))
+    return dressed(student, model), Plan(name, tuple(decided(d) for d in plan))
 
 
 def _all_options(

@@ -35,6 +35,28 @@ def lower_hull(points: Sequence[Point]) -> list[int]:
     return hull
 
 
+def spread(hull: Sequence[int], most: int) -> list[int]:
+    """At most `most` points of a hull, from its first to its last."""
+    if len(hull) <= most:
+        return list(hull)
+    return [hull[round(i * (len(hull) - 1) / max(1, most - 1))] for i in range(most)]
+
+
+def least_cost(options: Mapping[str, Sequence[Point]], budget: float) -> float:
+    """What the cheapest options of all sites cost together.
+
+    Raises:
+        PolicyError: That is more than the budget.
+    """
+    least = sum(min(cost for cost, _ in points) for points in options.values())
+    if least > budget:
+        raise PolicyError(
+            f"A budget of {budget:.4g} for {len(options)} sites cannot be met: the least that they "
+            f"can cost is {least:.4g}. Ask for that or more, or let more sites be converted."
+        )
+    return least
+
+
 def spend(
     options: Mapping[str, Sequence[Point]],
     budget: float,
@@ -57,12 +79,7 @@ def spend(
         PolicyError: Even the cheapest options cost more than the budget.
     """
     hulls = {site: lower_hull(points) for site, points in options.items()}
-    least = sum(options[site][hull[0]][0] for site, hull in hulls.items())
-    if least > budget:
-        raise PolicyError(
-            f"A budget of {budget:.4g} for {len(hulls)} sites cannot be met: the least that they "
-            f"can cost is {least:.4g}. Ask for that or more, or let more sites be converted."
-        )
+    least = least_cost(options, budget)
     place = dict.fromkeys(hulls, 0)
     left = budget - least
     queue: list[tuple[float, str]] = []

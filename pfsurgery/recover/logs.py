@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pfsurgery.errors import TrainingError
+from pfsurgery.errors import SurgeryError, TrainingError
 from pfsurgery.files import write_atomically
 from pfsurgery.recover.config import EpochRecord
 
@@ -58,6 +58,26 @@ def cut_log(path: Path, step: int) -> None:
         write_atomically(path, "".join(kept).encode())
     except OSError as error:
         raise TrainingError(f"Could not write to the log {path}: {error}.") from error
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file of JSON lines; what a killed run left of its last line is passed over.
+
+    Raises:
+        SurgeryError: It is missing, or another line is not JSON.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SurgeryError(f"{path} cannot be read: {error}.") from None
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise SurgeryError(f"{path}, line {number}, is not JSON: {error}.") from None
+    return records
 
 
 def write_epochs(path: Path, history: Iterable[EpochRecord]) -> None:

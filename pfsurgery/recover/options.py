@@ -27,7 +27,7 @@ from pfsurgery.recover.fit_columns import (
     waist_curve,
 )
 from pfsurgery.recover.gram import Moments
-from pfsurgery.recover.hull import lower_hull
+from pfsurgery.recover.hull import lower_hull, spread
 
 PARAMETER_FREE: tuple[Form, ...] = ("columns", "waist", "bottleneck", "mixed")
 _ROUNDS = 2  # of alternation for a curve; the fit that is used gets more
@@ -119,9 +119,7 @@ def _thin(problem: Problem, dense: float) -> list[Option]:
         return []
     costs = [cost(c, m, problem.ops * r1, r1, r2, problem.reuse) for r1, r2 in sizes]
     errors = thin_errors(problem, sizes)
-    hull = lower_hull(list(zip(costs, errors, strict=True)))
-    if len(hull) > most:
-        hull = [hull[round(i * (len(hull) - 1) / (most - 1))] for i in range(most)]
+    hull = spread(lower_hull(list(zip(costs, errors, strict=True))), most)
     options = []
     for i in hull:
         error = errors[i]

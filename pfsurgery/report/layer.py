@@ -13,8 +13,8 @@ from pfsurgery.report.palette import colors, family
 from pfsurgery.report.read import understood
 from pfsurgery.report.settings import settings_section
 from pfsurgery.run_folder import read_json
+from pfsurgery.study.layer import RESULT
 
-LAYER = "layer.json"
 Row = dict[str, Any]
 
 
@@ -24,8 +24,8 @@ def content(folder: Path) -> Content:
     Raises:
         SurgeryError: A file is missing or damaged.
     """
-    values = read_json(folder / LAYER)
-    with understood(folder / LAYER):
+    values = read_json(folder / RESULT)
+    with understood(folder / RESULT):
         return _content(values)
 
 

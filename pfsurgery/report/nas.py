@@ -12,8 +12,7 @@ from pfsurgery.report.palette import GREY, MODELS, colors, family
 from pfsurgery.report.read import understood
 from pfsurgery.report.settings import settings_section
 from pfsurgery.run_folder import read_json
-
-NAS = "nas.json"
+from pfsurgery.study.nas import RESULT
 
 
 def content(folder: Path) -> Content:
@@ -22,8 +21,8 @@ def content(folder: Path) -> Content:
     Raises:
         SurgeryError: A file is missing or damaged.
     """
-    values = read_json(folder / NAS)
-    with understood(folder / NAS):
+    values = read_json(folder / RESULT)
+    with understood(folder / RESULT):
         return _content(values)
 
 

@@ -14,8 +14,8 @@ from pfsurgery.report.palette import MODELS
 from pfsurgery.report.read import understood
 from pfsurgery.report.settings import settings_section
 from pfsurgery.run_folder import read_json
+from pfsurgery.study.robustness import RESULT
 
-ROBUSTNESS = "robustness.json"
 Results = list[dict[str, Any]]
 _PNG = b"\x89PNG\r\n\x1a\n"
 _DASHES = ("solid", "dash", "dot", "dashdot")
@@ -28,8 +28,8 @@ def content(folder: Path) -> Content:
     Raises:
         SurgeryError: A file is missing or damaged.
     """
-    values = read_json(folder / ROBUSTNESS)
-    with understood(folder / ROBUSTNESS):
+    values = read_json(folder / RESULT)
+    with understood(folder / RESULT):
         return _content(values, folder)
 
 

@@ -14,8 +14,8 @@ from pfsurgery.report.palette import GREY
 from pfsurgery.report.plan import plan_sections
 from pfsurgery.report.read import understood
 from pfsurgery.run_folder import read_json
+from pfsurgery.study.bench import RESULT
 
-SEARCH = "search.json"
 Point = dict[str, Any]
 # What can be spent, by the unit of the budget: key of a point, unit of its text, title, ticks.
 _COSTS = {
@@ -40,8 +40,8 @@ def content(folder: Path) -> Content:
     Raises:
         SurgeryError: A file is missing or damaged.
     """
-    values = read_json(folder / SEARCH)
-    with understood(folder / SEARCH):
+    values = read_json(folder / RESULT)
+    with understood(folder / RESULT):
         return _content(values)
 
 

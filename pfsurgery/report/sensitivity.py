@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pfsurgery.recover.logs import read_lines
 from pfsurgery.report.figures import Axis, Measure, Points, chart, spread_axis, strip
 from pfsurgery.report.numbers import amount, nats, percent
 from pfsurgery.report.page import Chip, Content, Figure, Section, Table
 from pfsurgery.report.palette import colors, family
-from pfsurgery.report.read import read_lines, understood
+from pfsurgery.report.read import understood
+from pfsurgery.study.sensitivity import LINES
 
-RECORDS = "sensitivity.jsonl"
 Record = dict[str, Any]
 
 
@@ -21,8 +22,8 @@ def content(folder: Path) -> Content:
     Raises:
         SurgeryError: A file is missing or damaged.
     """
-    records = read_lines(folder / RECORDS)
-    with understood(folder / RECORDS):
+    records = read_lines(folder / LINES)
+    with understood(folder / LINES):
         return _content(sorted(records, key=lambda r: r["depth"]))
 
 
@@ -42,7 +43,7 @@ def _content(records: list[Record]) -> Content:
         ("ops and forms", str(len({r["op"] for r in records}))),
         ("least damage", nats(least["damage"])),
         ("most damage", nats(most["damage"])),
-        ("time taken", f"{sum(r['seconds'] for r in records):,.0f} s"),
+        ("time taken", f"{sum({r['site']: r['seconds'] for r in records}.values()):,.0f} s"),
     )
     damage = spread_axis("damage (KL divergence, nats)", [r["damage"] for r in records], "~g")
     groups = {op: [r for r in records if family(r["op"]) == op] for op in palette}

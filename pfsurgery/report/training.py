@@ -7,11 +7,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from pfsurgery.recover.logs import EPOCHS, LOG
+from pfsurgery.recover.logs import EPOCHS, LOG, read_lines
 from pfsurgery.report.figures import Axis, Points, chart
 from pfsurgery.report.page import Figure, Note, Section, Table
 from pfsurgery.report.palette import GREY
-from pfsurgery.report.read import read_lines, understood
+from pfsurgery.report.read import understood
 
 _TOP1, _LOSS, _RATE = "#2a7f8e", "#c8552f", "#b07a1e"
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pfsurgery.errors import SurgeryError
-from pfsurgery.files import write_atomically
+from pfsurgery.files import write_text
 from pfsurgery.recover.logs import EPOCHS, LOG
 from pfsurgery.report import finetune, layer, nas, robustness, search, sensitivity
 from pfsurgery.report.page import Content, render
@@ -41,11 +41,7 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
     made = _what_made(folder)
     page = render(made, _KINDS[made.kind](folder))
     path = folder / PAGE if out is None else Path(out)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, page.encode())
-    except OSError as error:
-        raise SurgeryError(f"{path} cannot be written: {error.strerror}.") from None
+    write_text(path, page)
     return path
 
 

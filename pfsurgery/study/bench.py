@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from pfsurgery.measure import count
-from pfsurgery.measure.latency import Latency, latency
+from pfsurgery.measure.latency import latency
 from pfsurgery.optimize import optimize
 from pfsurgery.plan import Decision, Plan
 from pfsurgery.policy import Tell
 from pfsurgery.record import remember
 from pfsurgery.recover.budget import Budget, Unit, absolute
 from pfsurgery.recover.calibration import as_batch
-from pfsurgery.recover.choices import Choices, carry_out, finished
+from pfsurgery.recover.choices import Choices, Places, carry_out, finished
 from pfsurgery.recover.device import site_times
 from pfsurgery.run_folder import write_json
 from pfsurgery.sites import Site
@@ -25,7 +26,6 @@ from pfsurgery.study.damage import Judge
 from pfsurgery.study.sensitivity import Sensitivity, measured
 
 RESULT = "search.json"
-Places = dict[str, int]
 Alone = Mapping[tuple[str, str], Sensitivity]  # by site and option
 
 
@@ -120,35 +120,37 @@ class Bench:
     def make(self, name: str, origin: str, places: Places) -> Made:
         """The network with one option a site."""
         network, done = carry_out(self.choices, places)
-        whole, point = self.measure(name, origin, network)
+        before, after = self.timed(network)
+        original = self.original(before)
+        top1 = None if self.validate is None else self.validate(network)
+        whole = count(network, self._image)
+        costs = (whole.macs, whole.parameters, after)
+        point = Point(name, origin, *costs, self.judge(network), top1)
         self.tell(f"{name}: damage {point.damage:.4f}, {point.macs:.4g} MACs, {point.ms:.3g} ms")
-        share = _amount(point, self.unit) / _amount(whole, self.unit)
+        share = _amount(point, self.unit) / _amount(original, self.unit)
         return Made(places, network, done, point, share)
+
+    def original(self, ms: float) -> Point:
+        """The original as a point, its accuracy left open."""
+        whole = count(self.choices.teacher, self._image)
+        return Point("original", "original", whole.macs, whole.parameters, ms, 0.0, None)
+
+    def timed(self, network: nn.Module) -> tuple[float, float]:
+        """The ms of the original and of a network, in turns, as `optimize` leaves them."""
+        images = as_batch(self._image, self.batch)
+        pair = {"original": self.choices.teacher, "network": network}
+        taken = latency({key: optimize(model, images) for key, model in pair.items()}, images)
+        return taken["original"].median_ms, taken["network"].median_ms
 
     def allowed(self, policy: Budget) -> float:
         """The share of the original's that the budget allows."""
-        teacher, images = self.choices.teacher, self._timed_images()
-        taken = latency({"original": optimize(teacher, images)}, images)["original"]
-        whole = _amount(self._point("original", "original", teacher, taken), self.unit)
+        ms = self.timed(self.choices.teacher)[0] if self.unit == "latency" else 0.0
+        whole = _amount(self.original(ms), self.unit)
         return absolute(policy.amount, whole) / whole
 
-    def measure(self, name: str, origin: str, network: nn.Module) -> tuple[Point, Point]:
-        """The original and a network as points, timed in turns as `optimize` leaves them."""
-        teacher = self.choices.teacher
-        images = self._timed_images()
-        pair = {"original": teacher, "network": network}
-        taken = latency({key: optimize(model, images) for key, model in pair.items()}, images)
-        original = self._point("original", "original", teacher, taken["original"])
-        found = self._point(name, origin, network, taken["network"])
-        top1 = None if self.validate is None else self.validate(network)
-        return original, replace(found, damage=self.judge(network), top1=top1)
-
-    def _timed_images(self) -> Tensor:
-        return as_batch(self.choices.batches[0][:1], self.batch)
-
-    def _point(self, name: str, origin: str, model: nn.Module, taken: Latency) -> Point:
-        whole = count(model, self.choices.batches[0][:1])
-        return Point(name, origin, whole.macs, whole.parameters, taken.median_ms, 0.0, None)
+    @property
+    def _image(self) -> Tensor:
+        return self.choices.batches[0][:1]
 
 
 def _amount(point: Point, unit: Unit) -> float:
@@ -161,10 +163,10 @@ def measured_alone(bench: Bench, folder: Path | None) -> Alone:
     The time that it saves is that of the site alone: in the whole network it would take as long to
     measure as all else.
     """
-    times = site_times(bench.choices, bench.batch)
+    times = cache(lambda: site_times(bench.choices, bench.batch))
 
     def gains(site: Site) -> list[float]:
-        whole, *options = times[site.name]
+        whole, *options = times()[site.name]
         return [whole - ms for ms in options]
 
     rows = measured(bench.choices, gains, bench.batch, None, folder, bench.tell)
@@ -188,32 +190,34 @@ def found(
     alone: Alone,
     folder: Path | None,
 ) -> Found:
-    """The result of a search, measured once more beside the original, and written to `folder`."""
-    choices = bench.choices
-    original, chosen = bench.measure(best.point.name, best.point.origin, best.network)
-    if bench.validate is not None:
-        original = replace(original, top1=bench.validate(choices.teacher))
-    times = site_times(choices, bench.batch)
-    saved = sum(times[name][0] - times[name][place] for name, place in best.places.items())
+    """The result of a search, timed once more beside the original, and written to `folder`."""
+    before, after = bench.timed(best.network)
+    top1 = None if bench.validate is None else bench.validate(bench.choices.teacher)
+    original = replace(bench.original(before), top1=top1)
+    rows = {site: _row(bench.choices, best, alone, site) for site in best.done}
+    done = {site: _explained(decision, rows[site]) for site, decision in best.done.items()}
     name = policy.name.replace("budget(", "search(", 1)
-    done = {site: _explained(choices, best, alone, site) for site in best.done}
-    fast, plan = finished(model, best.network, name, choices, done, "kept by the search")
+    fast, plan = finished(model, best.network, name, bench.choices.plan, done, "kept by the search")
     remember(fast, plan)
     marked = tuple(
-        replace(point, ms=chosen.ms, chosen=True) if point is best.point else point
-        for point in points
+        replace(point, ms=after, chosen=True) if point is best.point else point for point in points
     )
-    result = Found(fast, plan, marked, original, round(original.ms - saved, 6))
+    gain = sum(row.ms for row in rows.values())
+    result = Found(fast, plan, marked, original, round(before - gain, 6))
     if folder is not None:
         write_json(folder / RESULT, _as_values(policy, result))
     return result
 
 
-def _explained(choices: Choices, best: Made, alone: Alone, site: str) -> Decision:
+def _row(choices: Choices, best: Made, alone: Alone, site: str) -> Sensitivity:
+    """What the chosen form of a site does alone."""
+    return alone[site, str(choices.options[site][best.places[site]])]
+
+
+def _explained(decision: Decision, row: Sensitivity) -> Decision:
     """What was done at a site, with the damage and the gain that it has alone as the reason."""
-    row = alone[site, str(choices.options[site][best.places[site]])]
     told = f"alone it costs {row.damage:.2g} nats and saves {row.ms:.3g} ms"
-    return replace(best.done[site], reason=told)
+    return replace(decision, reason=told)
 
 
 def _as_values(policy: Budget, found: Found) -> dict[str, Any]:

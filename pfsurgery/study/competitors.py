@@ -8,7 +8,7 @@ from dataclasses import replace
 from pfsurgery.plan import decide
 from pfsurgery.policy import Rule
 from pfsurgery.recover.choices import Choices
-from pfsurgery.recover.hull import lower_hull
+from pfsurgery.recover.hull import lower_hull, spread
 from pfsurgery.recover.options import Option
 from pfsurgery.recover.screen import is_wide
 from pfsurgery.recover.target import site_operations
@@ -45,9 +45,7 @@ def with_unfitted(choices: Choices, ops: Sequence[str]) -> Choices:
 def _on_hull(options: Sequence[Option | None], most: int) -> list[Option | None]:
     """Keeping the convolution, and at most `most` options spread along the hull."""
     fitted = [option for option in options if option is not None]
-    hull = lower_hull([(option.macs, option.error) for option in fitted])
-    if len(hull) > most:
-        hull = [hull[round(i * (len(hull) - 1) / max(1, most - 1))] for i in range(most)]
+    hull = spread(lower_hull([(option.macs, option.error) for option in fitted]), most)
     return [None, *(fitted[i] for i in hull)]
 
 

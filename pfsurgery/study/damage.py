@@ -18,7 +18,7 @@ from pfsurgery.recover.polish import distance
 from pfsurgery.recover.sequence import aim_at, fitting_problem, goals_of, place, place_fit
 from pfsurgery.sites import Site
 
-Found = TypeVar("Found")
+Measured = TypeVar("Measured")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +52,19 @@ def judge_by_all(choices: Choices) -> Judge:
     return Judge(images, outputs(choices.teacher, images))
 
 
+def seen_of(choices: Choices) -> GraphView:
+    """The graph view of the original."""
+    return view(choices.teacher, (choices.batches[0][:1],))
+
+
 def damages(
     choices: Choices,
     context: nn.Module,
     site: Site,
     options: Sequence[Option | None],
-    measure: Callable[[nn.Module], Found],
-    seen: GraphView | None = None,
-) -> list[Found]:
+    measure: Callable[[nn.Module], Measured],
+    seen: GraphView,
+) -> list[Measured]:
     """What is measured of `context` with each of the options at a site.
 
     An option is fitted where it stands, on what the site reads in `context`, and repaired as in a
@@ -71,14 +76,13 @@ def damages(
         site: The site.
         options: What it becomes; None is its convolution.
         measure: What to measure of each network, such as a `Judge`.
-        seen: The graph view of the original, if there is one already.
+        seen: The graph view of the original, from `seen_of`.
     """
     teacher, batches = choices.teacher, choices.batches
-    seen = view(teacher, (batches[0][:1],)) if seen is None else seen
     screen = choices.screens.get(site.name)
     before, convolution = get_module(context, site.name), get_module(teacher, site.name)
     problem = None
-    found: list[Found] = []
+    found: list[Measured] = []
     try:
         for option in options:
             _set(context, site, convolution)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pfsurgery.errors import SurgeryError, needs
-from pfsurgery.files import write_atomically
-from pfsurgery.recover.choices import Options
+from pfsurgery.files import write_text
+from pfsurgery.recover.choices import Options, Places
 from pfsurgery.recover.options import Option
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ _OPTIONS = "options"
 _FACTS = "facts"
 _ATTEMPTS = 3
 
-Places = dict[str, int]
 Outcome = tuple[float, float, dict[str, Any]]  # damage, cost, and what else is known
 
 
@@ -145,11 +144,7 @@ def draw_study(study: optuna.Study, unit: str, path: Path) -> None:
         visualization.plot_slice(study, target=lambda t: t.values[0], target_name="damage (nats)"),
     ]
     parts = [to_html(f, full_html=False, include_plotlyjs=i == 0) for i, f in enumerate(figures)]
-    text = "<!doctype html><meta charset='utf-8'><title>Optuna</title>" + "".join(parts)
-    try:
-        write_atomically(path, text.encode())
-    except OSError as error:
-        raise SurgeryError(f"{path} cannot be written: {error.strerror}.") from None
+    write_text(path, "<!doctype html><meta charset='utf-8'><title>Optuna</title>" + "".join(parts))
 
 
 def _to_values(options: Options) -> dict[str, list[Any]]:

@@ -8,7 +8,7 @@ from itertools import chain
 import numpy as np
 
 from pfsurgery.errors import PolicyError, needs
-from pfsurgery.recover.hull import Point
+from pfsurgery.recover.hull import Point, least_cost
 
 _SECONDS = 10  # of the solver's time; what it has found by then is used
 _SLACK = 1e-5  # of the largest cost: the solver takes sums that are this near as equal
@@ -33,12 +33,7 @@ def programme(options: Mapping[str, Sequence[Point]], budget: float) -> dict[str
         PolicyError: Even the cheapest options cost more than the budget.
         MissingExtraError: SciPy is not installed.
     """
-    least = sum(min(cost for cost, _ in points) for points in options.values())
-    if least > budget:
-        raise PolicyError(
-            f"A budget of {budget:.4g} for {len(options)} sites cannot be met: the least that they "
-            f"can cost is {least:.4g}. Ask for that or more, or let more sites be converted."
-        )
+    least = least_cost(options, budget)
     places = _solved(options, budget)
     if sum(options[site][place][0] for site, place in places.items()) > budget:
         scale = max(cost for points in options.values() for cost, _ in points)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -13,15 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from pfsurgery.base import base_of
 from pfsurgery.batches import Images, open_images, read, report_skipped, split_batch
 from pfsurgery.errors import DataError, ShapeError, SurgeryError
-from pfsurgery.job import writable
 from pfsurgery.measure.state import undisturbed
 from pfsurgery.policy import Tell
 from pfsurgery.recover.evaluate import check_labels, logits_of
-from pfsurgery.recover.logs import cut_log, json_lines
-from pfsurgery.recover.state import placement
+from pfsurgery.recover.logs import cut_log, json_lines, read_lines
+from pfsurgery.recover.state import placement, writable_folder
 from pfsurgery.run_folder import note_run, write_json
 from pfsurgery.study.attacks import fgsm, pgd
 from pfsurgery.study.corruptions import PARAMETERS, SEVERITIES, corrupt
@@ -181,7 +178,7 @@ def robustness(
         SurgeryError: `out` cannot be written, or holds a study with another setting.
         TrainingError: A model does not return one tensor of logits, or passes no gradient.
     """
-    folder = writable(out)
+    folder = writable_folder(out)
     models = dict(zip(MODELS, (original, converted), strict=True))
     normalisation = normalisation or normalisation_of(converted, images)
     setting = {
@@ -196,8 +193,7 @@ def robustness(
     check_same(folder / SETTING, setting)
     known = _taken_up(folder / TRIALS)
     keep = json_lines(folder / TRIALS)
-    base = base_of(converted)
-    note_run(folder, "robustness", model=type(converted).__name__ if base is None else base.name)
+    note_run(folder, "robustness", model=converted)
     loader = open_images(images, converted, training=False, batch_size=batch_size)
     spread = _spread(loader, number, batch_size)
 
@@ -250,8 +246,7 @@ def _taken_up(path: Path) -> dict[tuple[str, float], dict[str, Any]]:
     """
     try:
         cut_log(path, 0)  # drops what a killed write left of a line
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        records = [json.loads(line) for line in lines]
+        records = read_lines(path) if path.exists() else []
         return {(r["name"], r["strength"]): {k: r[k] for k in ("top1", "images")} for r in records}
     except (OSError, UnicodeDecodeError) as error:
         raise SurgeryError(f"{path} cannot be read: {error}.") from None

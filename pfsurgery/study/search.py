@@ -12,10 +12,9 @@ from torch import nn
 from pfsurgery.convert import marker
 from pfsurgery.errors import PolicyError
 from pfsurgery.example import Example
-from pfsurgery.graph import view
 from pfsurgery.policy import Tell
 from pfsurgery.recover.budget import Budget
-from pfsurgery.recover.choices import Choices, read_choices
+from pfsurgery.recover.choices import Choices, Places, read_choices
 from pfsurgery.recover.device import site_times
 from pfsurgery.recover.progress import tracked
 from pfsurgery.run_folder import note_run
@@ -24,14 +23,13 @@ from pfsurgery.study.bench import (
     Bench,
     Found,
     Made,
-    Places,
     Point,
     damages_alone,
     found,
     measured_alone,
 )
 from pfsurgery.study.competitors import on_hull, with_unfitted
-from pfsurgery.study.damage import damages, judge_by_all, judge_of
+from pfsurgery.study.damage import damages, judge_by_all, judge_of, seen_of
 from pfsurgery.study.optuna_search import (
     STORAGE,
     STUDY_PAGE,
@@ -42,6 +40,7 @@ from pfsurgery.study.optuna_search import (
 )
 from pfsurgery.study.programme import programme
 
+OPS = ("max_pool", "avg_pool")
 _FITTED = 12  # bottlenecks of a site that compete
 _SEEDS = 6  # budgets whose solutions Optuna begins with
 _ROUNDS = 2  # of repair
@@ -52,7 +51,7 @@ def search(
     policy: Budget,
     images: Any,
     *,
-    ops: Sequence[str] = ("max_pool", "avg_pool"),
+    ops: Sequence[str] = OPS,
     validate: Callable[[nn.Module], float] | None = None,
     example: Example | None = None,
     include: Patterns = None,
@@ -120,7 +119,7 @@ def search_front(
     *,
     trials: int = 50,
     storage: str | Path | None = None,
-    ops: Sequence[str] = ("max_pool", "avg_pool"),
+    ops: Sequence[str] = OPS,
     validate: Callable[[nn.Module], float] | None = None,
     example: Example | None = None,
     include: Patterns = None,
@@ -205,7 +204,7 @@ def _noted(model: nn.Module, policy: Budget, out: str | Path | None) -> Path | N
         )
     if out is None:
         return None
-    note_run(out, "search", model=type(model).__name__)
+    note_run(out, "search", model=model)
     return Path(out)
 
 
@@ -235,7 +234,7 @@ def _repaired(policy: Budget, bench: Bench, best: Made) -> Places:
     choices = bench.choices
     near = {site.name: _near(choices, site.name, best.places[site.name]) for site in choices.sites}
     options = {name: [choices.options[name][i] for i in places] for name, places in near.items()}
-    judge, seen = judge_of(choices), view(choices.teacher, (choices.batches[0][:1],))
+    judge, seen = judge_of(choices), seen_of(choices)
     harm = {
         site.name: damages(choices, best.network, site, options[site.name], judge, seen)
         for site in tracked(choices.sites, "measuring sites inside")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -16,6 +15,7 @@ from torch import nn
 from pfsurgery.convert import marker
 from pfsurgery.errors import SurgeryError
 from pfsurgery.example import Example
+from pfsurgery.graph import GraphView
 from pfsurgery.measure.latency import latency
 from pfsurgery.optimize import optimize
 from pfsurgery.policy import Tell
@@ -23,18 +23,18 @@ from pfsurgery.recover.budget import budget
 from pfsurgery.recover.calibration import as_batch
 from pfsurgery.recover.choices import Choices, read_choices
 from pfsurgery.recover.device import typical_decision, typical_network
-from pfsurgery.recover.logs import cut_log, json_lines
+from pfsurgery.recover.logs import cut_log, json_lines, read_lines
 from pfsurgery.recover.processes import join_processes
 from pfsurgery.recover.progress import tracked
 from pfsurgery.run_folder import note_run
 from pfsurgery.select import Patterns
 from pfsurgery.sites import Site
 from pfsurgery.study.competitors import on_hull, with_unfitted
-from pfsurgery.study.damage import damages, judge_of
+from pfsurgery.study.damage import damages, judge_of, seen_of
 from pfsurgery.study.same import SETTING, check_same, digest
 
 LINES = "sensitivity.jsonl"
-_OPS = ("max_pool", "avg_pool", "shift", "identity")
+OPS = ("max_pool", "avg_pool", "shift", "identity")
 _ROUNDS = 15  # of timing the original and the changed network in turns
 
 
@@ -73,7 +73,7 @@ def sensitivity(
     model: nn.Module,
     images: Any,
     *,
-    ops: Sequence[str] = _OPS,
+    ops: Sequence[str] = OPS,
     fitted: int = 4,
     batch: int = 8,
     validate: Callable[[nn.Module], float] | None = None,
@@ -116,7 +116,7 @@ def sensitivity(
     choices = read_choices(model, mark, images, policy.forms if fitted else (), tell)
     rivals = with_unfitted(on_hull(choices, fitted), ops)
     if folder is not None and _is_first():
-        note_run(folder, "sensitivity", model=type(model).__name__)
+        note_run(folder, "sensitivity", model=model)
     gains = partial(_times_saved, rivals, batch=batch)
     return ranked(measured(rivals, gains, batch, validate, folder, tell))
 
@@ -149,8 +149,13 @@ def measured(
         rows += read_sensitivity(folder)
     known = {(row.site, row.op) for row in rows}
     left = [site for site in choices.sites if not _labels(choices, site) <= known]
+    judge, seen = judge_of(choices), seen_of(choices)
+
+    def measure(network: nn.Module) -> tuple[float, float | None]:
+        return judge(network), None if validate is None else validate(network)
+
     for site in _mine(tracked(left, "measuring sites")):
-        lines = _measure(choices, site, gains, validate)
+        lines = _measure(choices, site, gains, measure, seen)
         rows += lines
         for line in lines:
             write(asdict(line))
@@ -175,16 +180,12 @@ def _measure(
     choices: Choices,
     site: Site,
     gains: Callable[[Site], Sequence[float]],
-    validate: Callable[[nn.Module], float] | None,
+    measure: Callable[[nn.Module], tuple[float, float | None]],
+    seen: GraphView,
 ) -> list[Sensitivity]:
     started = time.perf_counter()
     options = [option for option in choices.options[site.name] if option is not None]
-    judge = judge_of(choices)
-
-    def measure(model: nn.Module) -> tuple[float, float | None]:
-        return judge(model), None if validate is None else validate(model)
-
-    harm = damages(choices, choices.teacher, site, options, measure)
+    harm = damages(choices, choices.teacher, site, options, measure, seen)
     saved = gains(site)
     seconds = round(time.perf_counter() - started, 3)
     lines = []
@@ -229,11 +230,7 @@ def read_sensitivity(folder: Path) -> tuple[Sensitivity, ...]:
         return ()
     known = {field.name for field in fields(Sensitivity)}
     rows: dict[tuple[str, str], Sensitivity] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError:
-            values = None
+    for number, values in enumerate(read_lines(path), 1):
         if not isinstance(values, dict) or set(values) != known:
             raise SurgeryError(f"{path}, line {number}, is not a measured site; remove the line.")
         row = Sensitivity(**values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from pfsurgery.batches import Images
 from pfsurgery.errors import TrainingError
 from pfsurgery.measure import count, latency
 from pfsurgery.recover import evaluate, finetune
-from pfsurgery.recover.logs import cut_log, json_lines
+from pfsurgery.recover.logs import cut_log, json_lines, read_lines
 from pfsurgery.recover.state import placement
 from pfsurgery.recover.stop import StoppedError
 from pfsurgery.run_folder import Kind, note_run
@@ -140,7 +139,7 @@ class Trainings:
         path = self.out / TRAININGS
         if not path.exists():
             return []
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return read_lines(path)
 
 
 def name_of(source: Images | str | Path) -> str:

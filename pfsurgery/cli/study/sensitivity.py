@@ -11,8 +11,10 @@ from rich.console import Console
 
 from pfsurgery.batches import unlabelled_images
 from pfsurgery.cli import options, show
-from pfsurgery.job import first_images, writable
+from pfsurgery.job import first_images
+from pfsurgery.recover.state import writable_folder
 from pfsurgery.study.figures import draw_sensitivity
+from pfsurgery.study.sensitivity import OPS
 from pfsurgery.study.sensitivity import sensitivity as measure_sensitivity
 from pfsurgery.study.tables import sensitivity_table
 
@@ -43,12 +45,12 @@ def sensitivity(
 
     Example: pfsurgery study sensitivity --model resnet50 --data imagenet/ --out run/
     """
-    writable(out)
+    writable_folder(out)
     net = options.opened(model, pretrained, checkpoint, num_classes, model_kwarg)
     rows = measure_sensitivity(
         net,
         first_images(unlabelled_images(data, net), number),
-        ops=op or ("max_pool", "avg_pool", "shift", "identity"),
+        ops=op or OPS,
         fitted=fitted,
         batch=batch,
         validate=options.validation(data, top1),
