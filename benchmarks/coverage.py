@@ -69,6 +69,8 @@ class Convolutions(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.convolution.default:
             self.spatial += prod(args[1].shape[2:]) > 1
+        if func is torch.ops.aten.native_batch_norm.default and args[0].is_meta:  # slow otherwise
+            return torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0)
         return func(*args, **(kwargs or {}))
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from pfsurgery.errors import NoEffectWarning, PolicyError, ShapeError, SurgeryError
 from pfsurgery.example import Example, example_inputs
-from pfsurgery.graph import view
+from pfsurgery.graph import dry_run
 from pfsurgery.modularise import modularise
 from pfsurgery.plan import Mixing, Plan, make_plan
 from pfsurgery.policy import DataPolicy, DevicePolicy, PolicyLike, Tell, get_policy
@@ -188,19 +188,19 @@ def _check(model: nn.Module, chosen: Plan, example: Example | None) -> None:
         return
     inputs = example_inputs(model, example)
     model = modularise(model)
-    before = view(model, inputs)
+    before, by_value = dry_run(model, inputs)
     try:
-        after = view(model, inputs, lambda shadow: apply_plan(shadow, chosen.replaced))
+        after, _ = dry_run(model, inputs, lambda shadow: apply_plan(shadow, chosen.replaced))
     except ShapeError as error:
         raise ShapeError(
             f"{type(model).__name__} runs, but would not once it is converted: {error.__cause__}. "
             f"Does its code read the convolutions' attributes? Exclude those sites; the model was "
             f"not changed."
         ) from error
-    if before.output != after.output and not before.by_value:
+    if before != after and not by_value:
         raise ShapeError(
-            f"The conversion would change what {type(model).__name__} returns: {before.output} "
-            f"would become {after.output}. Keep some sites; the model was not changed."
+            f"The conversion would change what {type(model).__name__} returns: {before} "
+            f"would become {after}. Keep some sites; the model was not changed."
         )
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -44,6 +44,8 @@ _HOOKS = (
     "_forward_pre_hooks_with_kwargs",
     "_forward_hooks_always_called",
 )
+
+Result = TypeVar("Result")
 
 # Set by transformers on a model that has run: the hooks which collect its hidden states are in
 # place. A shadow, whose hooks are gone, has to set them up again.
@@ -104,8 +106,6 @@ class GraphView:
             convolution module made.
         foreign_reads: Paths of modules whose weight another module's code reads, with the reader.
         passes: Calls of modules that are not leaves, by path.
-        output: What the model returned, with a (shape, dtype) in place of each tensor.
-        by_value: The model had to run on real values, so that shapes may depend on them.
     """
 
     graph: fx.Graph
@@ -113,8 +113,6 @@ class GraphView:
     orphans: list[Orphan] = field(default_factory=list)
     foreign_reads: dict[str, str] = field(default_factory=dict)
     passes: dict[str, list[Pass]] = field(default_factory=dict)
-    output: Any = None
-    by_value: bool = False
 
     def calls(self, path: str) -> int:
         """How often the module at `path` is called, by any of its paths."""
@@ -126,34 +124,64 @@ class GraphView:
         return Counter(id(self.modules[str(node.target)]) for node in nodes)
 
 
-def view(
+def view(model: nn.Module, example: tuple[Any, ...]) -> GraphView:
+    """Record one eval-mode forward pass of `model`, without running it on real data.
+
+    Args:
+        model: The model; it is left alone.
+        example: Its positional arguments.
+
+    Raises:
+        ShapeError: The model cannot run on the example.
+    """
+    return _on_shadow(model, example, _record)[0]
+
+
+def dry_run(
     model: nn.Module,
     example: tuple[Any, ...],
     edit: Callable[[nn.Module], object] = lambda shadow: None,
-) -> GraphView:
-    """Record one eval-mode forward pass of `model`, without running it on real data.
-
-    Tries tensors without storage first and the real ones last, for a model whose control flow
-    depends on values.
+) -> tuple[Any, bool]:
+    """What `model` would return, by one eval-mode forward pass without real data.
 
     Args:
         model: The model; it is left alone.
         example: Its positional arguments.
         edit: Changes the shadow before it runs, to see what a conversion would do.
 
+    Returns:
+        What it returns, with a (shape, dtype) in place of each tensor, and whether it had to run on
+        real values, so that shapes may depend on them.
+
     Raises:
         SurgeryError: `edit` raised it.
         ShapeError: The model cannot run on the example.
+    """
+
+    def run(shadow: nn.Module, inputs: tuple[Any, ...]) -> Any:
+        edit(shadow)
+        return described(shadow(*inputs))
+
+    return _on_shadow(model, example, run)
+
+
+def _on_shadow(
+    model: nn.Module,
+    example: tuple[Any, ...],
+    work: Callable[[nn.Module, tuple[Any, ...]], Result],
+) -> tuple[Result, bool]:
+    """What `work` does with a shadow of `model` and its inputs, and whether these were real.
+
+    Tries tensors without storage first and the real ones last, for a model whose control flow
+    depends on values.
     """
     failure: Exception | None = None
     for make in (_meta_shadow, _fake_shadow, _real_shadow):
         try:
             shadow, convert, context = make(model)
-            with context, torch.no_grad(), torch.random.fork_rng():
-                edit(shadow)
-                seen = _record(shadow, tree_map_only(Tensor, convert, example))
-                seen.by_value = make is _real_shadow
-                return seen
+            with context, torch.no_grad(), torch.random.fork_rng(), _NormsByShape():
+                inputs = tree_map_only(Tensor, convert, example)
+                return work(shadow, inputs), make is _real_shadow
         except SurgeryError:
             raise
         except Exception as error:
@@ -163,6 +191,21 @@ def view(
         f"{type(model).__name__} cannot run on an example of shape {_listed(shapes)}: {failure} "
         f"Pass example= with an input that the model takes."
     ) from failure
+
+
+class _NormsByShape(TorchFunctionMode):
+    """Batch norms of tensors without storage by their shape: torch's own way there is slow."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is nn.functional.batch_norm and args[0].is_meta:
+            return torch.empty_like(args[0])
+        return func(*args, **(kwargs or {}))
 
 
 def _listed(shapes: list[tuple[int, ...]]) -> str:
@@ -292,7 +335,6 @@ def _record(shadow: nn.Module, example: tuple[Any, ...]) -> GraphView:
                 recorder.add("placeholder", "input", (), leaf)
         output = shadow(*example)
     recorder.add("output", "output", output, None)
-    recorder.view.output = described(output)
     return recorder.view
 
 
@@ -360,10 +402,7 @@ class _Recorder(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is nn.functional.batch_norm and args[0].is_meta:
-            output = torch.empty_like(args[0])  # torch's own way to this shape is slow
-        else:
-            output = func(*args, **kwargs)
+        output = func(*args, **kwargs)
         name = _convolution_name(func)
         if name is not None and (self._leaf is None or not convolves(self._leaf)):
             self._add_orphan(name, args, kwargs, output)
