@@ -43,7 +43,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pfsurgery
 from pfsurgery.errors import NoEffectWarning, NoSitesError
-from pfsurgery.graph import described
+from pfsurgery.graph import ByShape, described
 from pfsurgery.plan import make_plan
 from pfsurgery.policy import get_policy
 from pfsurgery.sites import Site
@@ -69,8 +69,6 @@ class Convolutions(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.convolution.default:
             self.spatial += prod(args[1].shape[2:]) > 1
-        if func is torch.ops.aten.native_batch_norm.default and args[0].is_meta:  # slow otherwise
-            return torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0)
         return func(*args, **(kwargs or {}))
 
 
@@ -80,7 +78,7 @@ def spatial_calls(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[int, Any]:
     Of a model that runs on real values, ranks and types come out: how many boxes a detector finds
     depends on its weights.
     """
-    with torch.no_grad(), Convolutions() as seen:
+    with torch.no_grad(), ByShape(), Convolutions() as seen:
         output = described(model(*inputs))
     on_meta = all(parameter.is_meta for parameter in model.parameters())
     return seen.spatial, output if on_meta else _ranks(output)

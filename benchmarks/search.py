@@ -40,7 +40,12 @@ from pfsurgery.recover.choices import carry_out, read_choices
 from pfsurgery.recover.polish import distance
 
 RESULTS = Path(__file__).parent / "results"
-RIVALS = ("data-aware low rank", "Torch-Pruning, our refit")
+RIVALS = {
+    "basic": ("data-aware low rank", "Torch-Pruning, our refit"),
+    "bottleneck": ("Torch-Pruning, our refit",),
+    "depthwise": ("Torch-Pruning, our refit",),
+}
+BUDGETS = {"basic": 9.6, "bottleneck": 18.5, "depthwise": 3.0}  # millions of multiply-adds
 POLICIES = ("maxpool_deep", "maxpool_all", "avgpool_all")
 DRAWS = 20
 Row = dict[str, object]
@@ -57,6 +62,7 @@ class Bench:
         self.images = list(base_nets.normalise(train[: args.images]).split(250))
         self.val = base_nets.load_images("val", args.data)
         self.wanted = outputs(frozen_copy(self.model), self.images)
+        self.pointwise = args.net != "basic"  # elsewhere most of the work is in 1x1 convolutions
         weights = b"".join(p.detach().numpy().tobytes() for p in self.model.parameters())
         facts: Row = {
             "net": args.net,
@@ -77,6 +83,10 @@ class Bench:
     def rows(self) -> list[Row]:
         """All rows so far."""
         return self.content["rows"]
+
+    def policy(self, budget: float) -> Budget:
+        """What is spent, in millions of multiply-adds."""
+        return Budget(macs=budget * 1e6, pointwise=self.pointwise)
 
     def cost(self, model: nn.Module) -> float:
         """Millions of multiply-adds of one image."""
@@ -119,7 +129,7 @@ def searched(bench: Bench, budget: float, folder: Path) -> None:
     start = time.perf_counter()
     found = pfsurgery.search(
         bench.model,
-        Budget(macs=budget * 1e6),
+        bench.policy(budget),
         bench.images,
         out=folder / f"search_{bench.content['net']}",
         validate=bench.top1,
@@ -141,7 +151,7 @@ def searched(bench: Bench, budget: float, folder: Path) -> None:
 
 def drawn_at_random(bench: Bench, budget: float, draws: int) -> None:
     """Rows of networks whose sites take forms at random, within the budget."""
-    policy = Budget(macs=budget * 1e6)
+    policy = bench.policy(budget)
     choices = read_choices(
         bench.model, marker(bench.model, policy, None, None, None, None), bench.images, policy.forms
     )
@@ -177,7 +187,7 @@ def named(bench: Bench, budget: float) -> None:
 
         bench.add(0.0, name, make)
     task = Task(bench.model, budget * 1e6, bench.images, bench.top1)
-    for rival in RIVALS:
+    for rival in RIVALS[bench.content["net"]]:
         bench.add(budget, rival, lambda rival=rival: METHODS[rival](task)[0])
 
 
@@ -226,7 +236,7 @@ def main() -> None:
         torch.set_flush_denormal(True)
         bench = Bench(args)
         only = args.only or ("search", "random", "named")
-        for budget in args.budget or (9.6,):
+        for budget in args.budget or (BUDGETS[args.net],):
             if "search" in only:
                 searched(bench, budget, base_nets.CACHE)
             if "named" in only:

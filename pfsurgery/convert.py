@@ -188,16 +188,19 @@ def _check(model: nn.Module, chosen: Plan, example: Example | None) -> None:
         return
     inputs = example_inputs(model, example)
     model = modularise(model)
-    before, by_value = dry_run(model, inputs)
     try:
-        after, _ = dry_run(model, inputs, lambda shadow: apply_plan(shadow, chosen.replaced))
+        after, by_value = dry_run(model, inputs, lambda shadow: apply_plan(shadow, chosen.replaced))
     except ShapeError as error:
+        dry_run(model, inputs)  # raises the error of a model that does not run as it is either
         raise ShapeError(
             f"{type(model).__name__} runs, but would not once it is converted: {error.__cause__}. "
             f"Does its code read the convolutions' attributes? Exclude those sites; the model was "
             f"not changed."
         ) from error
-    if before != after and not by_value:
+    if by_value:
+        return
+    before, _ = dry_run(model, inputs)
+    if before != after:
         raise ShapeError(
             f"The conversion would change what {type(model).__name__} returns: {before} "
             f"would become {after}. Keep some sites; the model was not changed."

@@ -179,7 +179,7 @@ def _on_shadow(
     for make in (_meta_shadow, _fake_shadow, _real_shadow):
         try:
             shadow, convert, context = make(model)
-            with context, torch.no_grad(), torch.random.fork_rng(), _NormsByShape():
+            with context, torch.no_grad(), torch.random.fork_rng(), ByShape():
                 inputs = tree_map_only(Tensor, convert, example)
                 return work(shadow, inputs), make is _real_shadow
         except SurgeryError:
@@ -193,8 +193,8 @@ def _on_shadow(
     ) from failure
 
 
-class _NormsByShape(TorchFunctionMode):
-    """Batch norms of tensors without storage by their shape: torch's own way there is slow."""
+class ByShape(TorchFunctionMode):
+    """Batch norms and LSTMs of tensors without storage by shapes alone: torch's way is slow."""
 
     def __torch_function__(
         self,
@@ -205,6 +205,10 @@ class _NormsByShape(TorchFunctionMode):
     ) -> Any:
         if func is nn.functional.batch_norm and args[0].is_meta:
             return torch.empty_like(args[0])
+        if func == torch.lstm and args[0].is_meta and isinstance(args[1], list | tuple):
+            directions = 1 + args[7]
+            shape = (*args[0].shape[:-1], directions * args[1][0].shape[-1])
+            return args[0].new_empty(shape), *args[1]
         return func(*args, **(kwargs or {}))
 
 

@@ -17,8 +17,9 @@ import pfsurgery
 from pfsurgery.data import digits
 from pfsurgery.errors import DataError, TrainingError, UnknownNameError
 from pfsurgery.recover import FinetuneConfig, evaluate, finetune
-from pfsurgery.recover.blocks import BlockMatch, changed_blocks, changed_parameters
+from pfsurgery.recover.blocks import changed_blocks, changed_parameters
 from pfsurgery.recover.give_back import give_back
+from pfsurgery.recover.match import match_blocks, match_stages
 from pfsurgery.recover.optimizer import parameter_groups
 from pfsurgery.recover.ramp import Ramp
 
@@ -58,7 +59,7 @@ def test_blocks_are_residual_branches_or_sites_with_their_tails():
 
 def test_the_match_is_the_normalised_error_of_block_outputs():
     original, fast = pair()
-    with BlockMatch(fast, original).watching() as match, torch.no_grad():
+    with match_blocks(fast, original).watching() as match, torch.no_grad():
         fast.eval()(IMAGES)
         original(IMAGES)
         loss = match.loss()
@@ -81,7 +82,7 @@ def test_the_match_is_the_normalised_error_of_block_outputs():
 
 def test_a_model_matches_itself():
     original, fast = pair()
-    with BlockMatch(fast, fast).watching() as match, torch.no_grad():
+    with match_blocks(fast, fast).watching() as match, torch.no_grad():
         fast.eval()(IMAGES)
         assert float(match.loss()) == 0
     del original
@@ -91,7 +92,7 @@ def test_matching_brings_blocks_nearer(trained):
     fast = pfsurgery.convert(trained, "maxpool_deep", example=IMAGES[:1])
 
     def error(model: nn.Module) -> float:
-        with BlockMatch(model, trained).watching() as match, torch.no_grad():
+        with match_blocks(model, trained).watching() as match, torch.no_grad():
             model.eval()(digits().val.tensors[0][:64])
             trained(digits().val.tensors[0][:64])
             return float(match.loss())
@@ -99,6 +100,68 @@ def test_matching_brings_blocks_nearer(trained):
     before, config = error(fast), FinetuneConfig(max_steps=30, match_weight=10.0, lr=3e-3)
     finetune(fast, train=digits().train, teacher=trained, config=config)
     assert error(fast) < 0.7 * before
+
+
+def test_a_remembered_teacher_is_asked_once_for_each_image(trained):
+    fast = pfsurgery.convert(trained, "maxpool_deep", example=IMAGES[:1])
+    seen: list[int] = []
+
+    def weights(**settings) -> list[Tensor]:
+        model = copy.deepcopy(fast)
+        seen.clear()
+        config = FinetuneConfig(batch_size=32, epochs=3, **settings)
+        finetune(model, train=few(), teacher=trained, config=config)
+        return [p.detach() for p in model.parameters()]
+
+    handle = trained.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
+    try:
+        meant = weights()
+        assert sum(seen) == 3 * 96
+        for made, wanted in zip(weights(teacher_cache=True), meant, strict=True):
+            torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-5)
+        assert sum(seen) == 96
+        weights(teacher_cache=True, match_weight=0.5)
+        assert sum(seen) == 3 * 96, "matched blocks need the teacher itself"
+    finally:
+        handle.remove()
+
+
+def test_stages_are_those_that_timm_names(trained):
+    fast = pfsurgery.convert(trained, "maxpool_deep", example=IMAGES[:1])
+    assert match_stages(fast, trained).outputs == [f"stages.{i}" for i in range(4)]
+    with match_stages(fast, fast).watching() as match, torch.no_grad():
+        fast.eval()(IMAGES)
+        assert float(match.loss()) == 0
+
+    def error(model: nn.Module) -> float:
+        with match_stages(model, trained).watching() as match, torch.no_grad():
+            model.eval()(digits().val.tensors[0][:64])
+            trained(digits().val.tensors[0][:64])
+            return float(match.loss())
+
+    before, config = error(fast), FinetuneConfig(max_steps=30, stage_weight=10.0, lr=3e-3)
+    finetune(fast, train=digits().train, teacher=trained, config=config)
+    assert error(fast) < 0.8 * before
+    with pytest.raises(TrainingError, match="Sequential does not name its stages"):
+        match_stages(nn.Sequential(fast), trained)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_only_changed_blocks_are_trained_at_first(trained, optimizer):
+    fast = pfsurgery.convert(trained, "maxpool_deep", example=IMAGES[:1])
+    before = {name: p.detach().clone() for name, p in fast.named_parameters()}
+    changed = changed_parameters(fast)
+
+    def moved(freeze: float) -> set[str]:
+        model = copy.deepcopy(fast)
+        config = FinetuneConfig(batch_size=32, max_steps=4, freeze=freeze, optimizer=optimizer)
+        finetune(model, train=few(), teacher=trained, config=config)
+        return {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+
+    assert moved(1.0) == changed
+    assert moved(0.5) > changed
+    with pytest.raises(TrainingError, match="no replaced site to train"):
+        finetune(copy.deepcopy(trained), train=few(), config=FinetuneConfig(freeze=0.5))
 
 
 def test_a_ramp_begins_with_the_original():
@@ -327,13 +390,13 @@ def test_the_figure(trained, tmp_path):
         assert image.width > 1000
 
 
-@pytest.mark.parametrize("name", ["match_weight", "ramp", "max_drop"])
+@pytest.mark.parametrize("name", ["match_weight", "stage_weight", "ramp", "max_drop"])
 def test_what_needs_a_teacher_or_a_site_says_so(name):
     model = timm.create_model("test_convnext", num_classes=10)
     config = FinetuneConfig(**{name: 0.5})
     with pytest.raises(TrainingError, match="needs a teacher"):
         finetune(model, train=few(), val=few(), config=config)
-    if name != "max_drop":
+    if name in ("match_weight", "ramp"):
         with pytest.raises(TrainingError, match="no replaced site"):
             finetune(model, train=few(), teacher=copy.deepcopy(model), config=config)
 
@@ -341,7 +404,7 @@ def test_what_needs_a_teacher_or_a_site_says_so(name):
 def test_a_teacher_of_another_kind_is_refused_where_blocks_are_needed(trained):
     fast = pfsurgery.convert(trained, "maxpool_deep", example=IMAGES[:1])
     other = timm.create_model("test_resnet", num_classes=10)
-    for name in ("match_weight", "ramp"):
+    for name in ("match_weight", "stage_weight", "ramp"):
         with pytest.raises(TrainingError, match=f"{name} is set, but the teacher"):
             finetune(fast, train=few(), teacher=other, config=FinetuneConfig(**{name: 0.5}))
 

@@ -36,6 +36,7 @@ EVERYTHING = {
     "mixup": 0.3,
     "cutmix": 0.3,
     "match_weight": 0.5,
+    "freeze": 0.3,
     "ramp": 0.5,
     "changed_lr": 3.0,
     "accumulate": 2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +51,8 @@ class Bare:
         batches = in_fast_layout(teacher, batches)
         sites = [d.site for d in plan.replaced]
         chosen = {s.name: _option(s) for s in sites}
-        student, done = refit_in_order(teacher, sites, chosen, batches, tell, {})
+        student = copy.deepcopy(teacher)
+        done = refit_in_order(teacher, student, sites, chosen, batches, tell, {})
         polish(student, teacher, batches, judges, tell)
         kept = "too many channels to choose all their operations together"
         return finished(model, student, self.name, plan, done, kept)

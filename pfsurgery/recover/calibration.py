@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pfsurgery.batches import unlabelled_images
 from pfsurgery.errors import DataError
 
-_FEWEST = 64
+FEWEST = 64  # images of which a part is held out
 _IMAGE = 3 * 224 * 224
 # Numbers of one batch: larger ones need fresh memory for every layer on a CPU, which takes longer
 # than the layer, and a GPU should have work for all its cores.
@@ -47,7 +47,7 @@ def calibration_batches(images: Any, model: nn.Module) -> list[Tensor]:
 
 def hold_out(batches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Batches to fit to, and a tenth of the images to judge by; all serve for both if few."""
-    if sum(len(batch) for batch in batches) < _FEWEST:
+    if sum(len(batch) for batch in batches) < FEWEST:
         return list(batches), list(batches)
     cuts = [len(batch) - max(1, round(len(batch) / 10)) for batch in batches]
     fitted = [batch[:cut] for batch, cut in zip(batches, cuts, strict=True) if cut]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pfsurgery.plan import Decision, Plan
 from pfsurgery.policy import KEEP, Tell
 from pfsurgery.recover.calibration import (
+    FEWEST,
     calibration_batches,
     dressed,
     frozen_copy,
@@ -109,12 +112,46 @@ def carry_out(
     Returns:
         The edited network, in eval mode, and what was done at each site that changed.
     """
-    chosen = {name: choices.options[name][place] for name, place in places.items()}
-    student, done = refit_in_order(
-        choices.teacher, choices.sites, chosen, choices.batches, tell, choices.screens
-    )
+    student = copy.deepcopy(choices.teacher)
+    done = edit(choices, student, choices.sites, places, tell)
     polish(student, choices.teacher, choices.batches, choices.judges, tell)
     return student, done
+
+
+def edit(
+    choices: Choices,
+    student: nn.Module,
+    sites: Sequence[Site],
+    places: Places,
+    tell: Tell = lambda line: None,
+) -> dict[str, Decision]:
+    """Give sites their options, in place, and return what was done at each that changed.
+
+    Args:
+        choices: The model and its options.
+        student: A copy of the original, edited before these sites.
+        sites: The sites, in the order of execution.
+        places: Index of each site's option.
+        tell: Called with a line of text for each site.
+    """
+    chosen = {site.name: choices.options[site.name][places[site.name]] for site in sites}
+    return refit_in_order(
+        choices.teacher, student, sites, chosen, choices.batches, tell, choices.screens
+    )
+
+
+def halved(choices: Choices) -> Choices:
+    """The same with half of the images to fit to and the others to judge by, if there are enough.
+
+    A fit knows the images that it was made from: how far a network is from the original there says
+    little of how far it is elsewhere.
+    """
+    batches = choices.batches
+    if len(batches) == 1:
+        batches = torch.split(batches[0], max(1, (len(batches[0]) + 1) // 2))
+    if sum(len(batch) for batch in batches) < FEWEST:
+        return choices
+    return replace(choices, batches=batches[::2], judges=[*batches[1::2], *choices.judges])
 
 
 def finished(

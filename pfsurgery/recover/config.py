@@ -30,10 +30,16 @@ class FinetuneConfig:
         temperature: Of the distillation. See `pfsurgery.recover.distill.kd_loss`.
         kd_weight: Share of the teacher in the loss, from 0 to 1; the rest is cross-entropy. With 1,
             no labels are needed. Without a teacher it is not used.
+        teacher_cache: Keep the teacher's logits of all training images, from one pass before the
+            first step. For small sets without augmentation; where blocks, stages or mixed images
+            need the teacher itself, it has no effect.
         match_weight: Weight of matching the teacher's outputs of the blocks where a site was
-            replaced. Added to the loss, see `pfsurgery.recover.blocks.BlockMatch`.
+            replaced. Added to the loss, see `pfsurgery.recover.match.Match`.
+        stage_weight: Weight of matching the teacher's outputs at the ends of the stages, which
+            timm's models name in `feature_info`. Added to the loss in the same way.
         ramp: Share of all steps in which replaced sites are blended from the teacher's convolution.
             See `pfsurgery.recover.ramp.Ramp`.
+        freeze: Share of all steps in which only blocks where a site was replaced are trained.
         label_smoothing: Of the cross-entropy.
         mixup: Alpha of mixup; 0 for none.
         cutmix: Alpha of cutmix; 0 for none.
@@ -73,8 +79,11 @@ class FinetuneConfig:
     warmup: float = 0.05
     temperature: float = 2.0
     kd_weight: float = 0.7
+    teacher_cache: bool = False
     match_weight: float = 0.0
+    stage_weight: float = 0.0
     ramp: float = 0.0
+    freeze: float = 0.0
     label_smoothing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -110,7 +119,9 @@ class FinetuneConfig:
             ("temperature", 0 < self.temperature < math.inf, "above 0"),
             ("kd_weight", 0 <= self.kd_weight <= 1, "from 0 to 1"),
             ("match_weight", 0 <= self.match_weight < math.inf, "0 or more"),
+            ("stage_weight", 0 <= self.stage_weight < math.inf, "0 or more"),
             ("ramp", 0 <= self.ramp <= 1, "a share of all steps, from 0 to 1"),
+            ("freeze", 0 <= self.freeze <= 1, "a share of all steps, from 0 to 1"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "from 0 to below 1"),
             ("mixup", 0 <= self.mixup < math.inf, "0 or more"),
             ("cutmix", 0 <= self.cutmix < math.inf, "0 or more"),

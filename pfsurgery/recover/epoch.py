@@ -140,8 +140,8 @@ def train_epoch(
     for group in _grouped(batches, run.config.accumulate, rest=at.batch == 0):
         if run.ramp is not None:
             run.ramp.at(at.step)
-        set_rate(run.optimizer, run.scheduler, at.step, at.lr_factor)
-        at.lr = max(g["lr"] / g["lr_scale"] for g in run.optimizer.param_groups)
+        frozen = round(run.config.freeze * run.total)
+        at.lr = set_rate(run.optimizer, run.scheduler, at.step, at.lr_factor, frozen)
         loss = train_step(run, group, at.step)
         at.step, at.batch = at.step + 1, at.batch + len(group)
         window.images += sum(_length(batch) for batch in group)

@@ -42,7 +42,8 @@ def finetune(
     """Train `model` in place, from the labels and from what `teacher` says about the same images.
 
     The loss is `(1 - kd_weight) * cross-entropy + kd_weight * KL` (see
-    `pfsurgery.recover.distill`), plus `match_weight` times the error of changed blocks. Accelerate
+    `pfsurgery.recover.distill`), plus `match_weight` times the error of changed blocks and
+    `stage_weight` times that of the stages. Accelerate
     chooses the device (CUDA when there is one) and spreads the images over the processes of
     `accelerate launch` or `torchrun`; several processes see in each step what one process with a
     batch as large as theirs together would see. Optimiser and schedule are timm's. Convert before
@@ -132,7 +133,7 @@ def check_run(
     """Raise what can be known to go wrong before any image is read; arguments as of `finetune`."""
     check_optimizer(config)
     check_backend(config)
-    for name in ("match_weight", "ramp", "max_drop"):
+    for name in ("match_weight", "stage_weight", "ramp", "max_drop"):
         if getattr(config, name) and teacher is None:
             raise TrainingError(f"{name} needs a teacher: the model as it was before.")
     if config.max_drop is not None and (val is None or teacher is None):

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from pfsurgery.batches import split_batch
 from pfsurgery.errors import DataError, TrainingError
-from pfsurgery.recover.blocks import BlockMatch
 from pfsurgery.recover.config import FinetuneConfig
 from pfsurgery.recover.distill import recovery_loss
 from pfsurgery.recover.evaluate import check_labels, logits_of
+from pfsurgery.recover.match import Match
+from pfsurgery.recover.remembered import RememberedLogits
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,23 +28,25 @@ class Objective:
         teacher: In eval mode, on the accelerator's device.
         config: Settings.
         accelerator: Accelerate's.
-        match: Watches the blocks of both, if they are to match.
+        matches: What is to match between both, and how much it weighs.
         classes: How many there are, if images are mixed; None if they are not.
+        remembered: The teacher's logits, if it need not see each batch.
     """
 
     student: nn.Module
     teacher: nn.Module | None
     config: FinetuneConfig
     accelerator: Any
-    match: BlockMatch | None
+    matches: tuple[tuple[float, Match], ...]
     classes: int | None
+    remembered: RememberedLogits | None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """While inside, the loss can be computed."""
         with ExitStack() as stack:
-            if self.match is not None:
-                stack.enter_context(self.match.watching())
+            for _, match in self.matches:
+                stack.enter_context(match.watching())
             yield
 
     def loss(self, batch: Any, *, first: bool) -> Tensor:
@@ -66,8 +69,7 @@ class Objective:
                 "A batch has no labels. Give (images, labels), or a teacher and kd_weight=1."
             )
         check = uses_labels and labels is not None and (first or labels.device.type == "cpu")
-        memory_format = torch.channels_last if config.channels_last else torch.preserve_format
-        images = images.to(device, memory_format=memory_format, non_blocking=True)
+        loaded, images = images, on_device(images, config, self.accelerator)
         targets = None if labels is None else labels.to(device, non_blocking=True)
         if self.classes is not None:
             if labels is not None and check:
@@ -78,7 +80,9 @@ class Objective:
         if labels is not None and check:
             check_labels(labels, logits)
         teacher_logits = None
-        if self.teacher is not None and (uses_teacher or self.match is not None):
+        if self.remembered is not None:
+            teacher_logits = self.remembered(loaded)
+        elif self.teacher is not None and (uses_teacher or self.matches):
             with torch.no_grad(), self.accelerator.autocast():
                 teacher_logits = logits_of(self.teacher, images)
         if uses_teacher and teacher_logits is not None and teacher_logits.shape != logits.shape:
@@ -94,7 +98,7 @@ class Objective:
             kd_weight=config.kd_weight,
             label_smoothing=config.label_smoothing,
         )
-        return loss if self.match is None else loss + config.match_weight * self.match.loss()
+        return sum((weight * match.loss() for weight, match in self.matches), loss)
 
     def _mixed(self, images: Tensor, labels: Tensor | None, classes: int) -> tuple[Tensor, Tensor]:
         """Mixed images, and the targets (N, classes) that go with them."""
@@ -115,3 +119,9 @@ class Objective:
         )
         mixed: tuple[Tensor, Tensor] = mix(images.clone(), labels)
         return mixed
+
+
+def on_device(images: Tensor, config: FinetuneConfig, accelerator: Any) -> Tensor:
+    """Images (N, C, H, W) where and how the models read them."""
+    memory_format = torch.channels_last if config.channels_last else torch.preserve_format
+    return images.to(accelerator.device, memory_format=memory_format, non_blocking=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from pfsurgery.errors import UnknownNameError, closest
+from pfsurgery.errors import TrainingError, UnknownNameError, closest
 from pfsurgery.recover.blocks import changed_parameters
 from pfsurgery.recover.config import FinetuneConfig
 
@@ -43,13 +43,21 @@ def parameter_groups(model: nn.Module, config: FinetuneConfig) -> list[dict[str,
 
     Biases, norms and what the model itself names (`no_weight_decay`) do not decay. `lr_scale` is
     `layer_decay` to the power of the layer's distance from the output, as timm counts it, times
-    `changed_lr` in changed blocks.
+    `changed_lr` in changed blocks; `changed` says which these are.
+
+    Raises:
+        TrainingError: Only changed blocks are to be trained at first, and there are none.
     """
     from timm.optim import param_groups_layer_decay
 
     exempt = getattr(model, "no_weight_decay", None)
-    changed = changed_parameters(model) if config.changed_lr != 1 else set()
-    faster = {id(parameter) for name, parameter in model.named_parameters() if name in changed}
+    names = changed_parameters(model)
+    if config.freeze and not names:
+        raise TrainingError(
+            "freeze is set, but the model has no replaced site to train. Give a model that "
+            "pfsurgery.convert made, or freeze=0."
+        )
+    changed = {id(parameter) for name, parameter in model.named_parameters() if name in names}
     groups: list[dict[str, Any]] = []
     for group in param_groups_layer_decay(
         model,
@@ -57,12 +65,11 @@ def parameter_groups(model: nn.Module, config: FinetuneConfig) -> list[dict[str,
         no_weight_decay_list=exempt() if exempt is not None else (),
         layer_decay=config.layer_decay,
     ):
-        for factor in (1.0, config.changed_lr):
-            params = [p for p in group["params"] if (id(p) in faster) == (factor != 1)]
+        for inside, factor in ((False, 1.0), (True, config.changed_lr)):
+            params = [p for p in group["params"] if (id(p) in changed) == inside]
+            scale = group["lr_scale"] * factor
             if params:
-                groups.append({**group, "params": params, "lr_scale": group["lr_scale"] * factor})
-            if config.changed_lr == 1:
-                break
+                groups.append({**group, "params": params, "lr_scale": scale, "changed": inside})
     return groups
 
 
@@ -86,9 +93,21 @@ def make_schedule(
     return scheduler
 
 
-def set_rate(optimizer: Any, scheduler: Any, step: int, factor: float) -> None:
-    """Set the learning rates of the next step, which is number `step` from 0."""
+def set_rate(optimizer: Any, scheduler: Any, step: int, factor: float, frozen: int) -> float:
+    """Set the learning rates of the next step, which is number `step` from 0; the highest.
+
+    Args:
+        optimizer: Over `parameter_groups`.
+        scheduler: Of `make_schedule`.
+        step: The next step.
+        factor: Of all rates.
+        frozen: Before this step, only changed blocks are trained.
+    """
     scheduler.step_update(step)
-    if factor != 1:
-        for group in optimizer.param_groups:
-            group["lr"] *= factor
+    for group in optimizer.param_groups:
+        group["lr"] *= factor
+    highest = max(group["lr"] / group["lr_scale"] for group in optimizer.param_groups)
+    for group in optimizer.param_groups:
+        if step < frozen and not group["changed"]:
+            group["lr"] = 0.0
+    return float(highest)

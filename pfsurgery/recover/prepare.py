@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pfsurgery.errors import DataError, TrainingError, UnknownNameError, closest
-from pfsurgery.recover.blocks import BlockMatch
 from pfsurgery.recover.config import FinetuneConfig
 from pfsurgery.recover.epoch import Run
-from pfsurgery.recover.objective import Objective
+from pfsurgery.recover.evaluate import logits_of
+from pfsurgery.recover.match import Match, match_blocks, match_stages
+from pfsurgery.recover.objective import Objective, on_device
 from pfsurgery.recover.optimizer import make_optimizer, make_schedule
 from pfsurgery.recover.order import TrainBatches
 from pfsurgery.recover.progress import Write
 from pfsurgery.recover.ramp import Ramp
+from pfsurgery.recover.remembered import RememberedLogits
 
 
 def build_run(
@@ -29,20 +32,26 @@ def build_run(
     """Everything that steps are made with; the models must be on the accelerator's device."""
     steps_per_epoch, total = _planned_steps(batches, config)
     average = _average(model, config)
-    match = BlockMatch(model, teacher) if config.match_weight and teacher is not None else None
+    matches = () if teacher is None else _matches(model, teacher, config)
     ramp = None
     if config.ramp and teacher is not None:
         ramp = Ramp(model, teacher, round(config.ramp * total))
+    mixed = config.mixup or config.cutmix
+    guide = None if teacher is None else _compiled(teacher, config)
+    remembered = None
+    if config.teacher_cache and config.kd_weight and guide is not None and not (matches or mixed):
+        remembered = RememberedLogits(_logits_by(guide, config, accelerator), batches.start(1, 0))
     student, optimizer = accelerator.prepare(model, make_optimizer(model, config))
     return Run(
         model=model,
         objective=Objective(
             _compiled(student, config),
-            None if teacher is None else _compiled(teacher, config),
+            guide,
             config,
             accelerator,
-            match,
-            _classes(model) if config.mixup or config.cutmix else None,
+            matches,
+            _classes(model) if mixed else None,
+            remembered,
         ),
         batches=batches,
         optimizer=optimizer,
@@ -54,6 +63,23 @@ def build_run(
         total=total,
         write=write,
     )
+
+
+def _matches(
+    model: nn.Module, teacher: nn.Module, config: FinetuneConfig
+) -> tuple[tuple[float, Match], ...]:
+    wanted = ((config.match_weight, match_blocks), (config.stage_weight, match_stages))
+    return tuple((weight, match(model, teacher)) for weight, match in wanted if weight)
+
+
+def _logits_by(
+    teacher: nn.Module, config: FinetuneConfig, accelerator: Any
+) -> Callable[[Tensor], Tensor]:
+    def logits(images: Tensor) -> Tensor:
+        with torch.no_grad(), accelerator.autocast():
+            return logits_of(teacher, on_device(images, config, accelerator))
+
+    return logits
 
 
 def _average(model: nn.Module, config: FinetuneConfig) -> Any:

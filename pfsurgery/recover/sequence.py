@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -48,16 +47,18 @@ _PRIOR = 0.02  # how much the original kernel counts where the images say little
 
 def refit_in_order(
     teacher: nn.Module,
+    student: nn.Module,
     sites: Sequence[Site],
     chosen: Mapping[str, Option | None],
     batches: Sequence[Tensor],
     tell: Tell,
     screens: Mapping[str, Screen],
-) -> tuple[nn.Module, dict[str, Decision]]:
+) -> dict[str, Decision]:
     """Replace the sites one by one, each solved with inputs from the network edited so far.
 
     Args:
         teacher: The original, in eval mode; left as it is.
+        student: A copy of it, edited before these sites; changed in place.
         sites: The sites, in the order of execution.
         chosen: The form of each, None where the convolution is kept.
         batches: Images (N, C, H, W), one batch each.
@@ -65,9 +66,8 @@ def refit_in_order(
         screens: Directions that stand for the channels of very wide sites.
 
     Returns:
-        The edited network, and for each changed site what it became.
+        For each changed site what it became.
     """
-    student = copy.deepcopy(teacher)
     seen = view(teacher, (batches[0][:1],))
     aims = [
         aim_at(teacher, site, option, seen)
@@ -81,7 +81,7 @@ def refit_in_order(
         decision = place(teacher, student, aim, goals, batches, seen, screens.get(name))
         done[name] = decision
         tell(f"{name}: {decision.label}, {decision.reason}")
-    return student, done
+    return done
 
 
 @dataclass(frozen=True, slots=True)

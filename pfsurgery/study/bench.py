@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from pfsurgery.recover.choices import Choices, Places, carry_out, finished
 from pfsurgery.recover.device import site_times
 from pfsurgery.run_folder import write_json
 from pfsurgery.sites import Site
-from pfsurgery.study.damage import Judge
+from pfsurgery.study.damage import Judge, judge_of
 from pfsurgery.study.sensitivity import Sensitivity, measured
 
 RESULT = "search.json"
@@ -39,7 +39,8 @@ class Point:
         macs: Multiply-adds of one image.
         params: Parameters.
         ms: Time of one batch, as `optimize` leaves it.
-        damage: Distance of its outputs to the original's on the images (KL in nats).
+        damage: Distance of its outputs to the original's (KL in nats) on images that it was not
+            fitted to. The network that is returned is fitted to more images than this one was.
         top1: Accuracy in percent, None where no `validate` was given.
         chosen: Whether it is the result.
     """
@@ -84,26 +85,21 @@ class Made:
 
     Attributes:
         places: Index of each site's option.
-        network: The edited network, in eval mode.
-        done: What was done at each site that changed.
         point: What was measured.
         share: Of the original's multiply-adds, parameters or time, in the unit of the bench.
     """
 
     places: Places
-    network: nn.Module
-    done: Mapping[str, Decision]
     point: Point
     share: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Bench:
     """How networks are made and measured.
 
     Attributes:
-        choices: The original and the options of its sites.
-        judge: Measures how far outputs are from the original's.
+        choices: The original, the options of its sites, images to fit to and images to judge by.
         validate: Accuracy in percent, None without labels.
         batch: Images of a timed batch.
         unit: What a budget is in: `macs`, `params` or `latency`.
@@ -111,15 +107,19 @@ class Bench:
     """
 
     choices: Choices
-    judge: Judge
     validate: Callable[[nn.Module], float] | None
     batch: int
     unit: Unit
     tell: Tell
 
+    @cached_property
+    def judge(self) -> Judge:
+        """Measures how far outputs are from the original's."""
+        return judge_of(self.choices)
+
     def make(self, name: str, origin: str, places: Places) -> Made:
         """The network with one option a site."""
-        network, done = carry_out(self.choices, places)
+        network, _ = carry_out(self.choices, places)
         before, after = self.timed(network)
         original = self.original(before)
         top1 = None if self.validate is None else self.validate(network)
@@ -128,7 +128,7 @@ class Bench:
         point = Point(name, origin, *costs, self.judge(network), top1)
         self.tell(f"{name}: damage {point.damage:.4f}, {point.macs:.4g} MACs, {point.ms:.3g} ms")
         share = _amount(point, self.unit) / _amount(original, self.unit)
-        return Made(places, network, done, point, share)
+        return Made(places, point, share)
 
     def original(self, ms: float) -> Point:
         """The original as a point, its accuracy left open."""
@@ -157,19 +157,19 @@ def _amount(point: Point, unit: Unit) -> float:
     return point.ms if unit == "latency" else float(getattr(point, unit))
 
 
-def measured_alone(bench: Bench, folder: Path | None) -> Alone:
+def measured_alone(choices: Choices, batch: int, folder: Path | None, tell: Tell) -> Alone:
     """What each option of each site does in the otherwise untouched network.
 
     The time that it saves is that of the site alone: in the whole network it would take as long to
     measure as all else.
     """
-    times = cache(lambda: site_times(bench.choices, bench.batch))
+    times = cache(lambda: site_times(choices, batch))
 
     def gains(site: Site) -> list[float]:
         whole, *options = times()[site.name]
         return [whole - ms for ms in options]
 
-    rows = measured(bench.choices, gains, bench.batch, None, folder, bench.tell)
+    rows = measured(choices, gains, batch, None, folder, tell)
     return {(row.site, row.op): row for row in rows}
 
 
@@ -184,24 +184,26 @@ def damages_alone(choices: Choices, alone: Alone) -> dict[str, list[float]]:
 def found(
     model: nn.Module,
     policy: Budget,
+    choices: Choices,
     bench: Bench,
     best: Made,
     points: Sequence[Point],
     alone: Alone,
     folder: Path | None,
 ) -> Found:
-    """The result of a search, timed once more beside the original, and written to `folder`."""
-    before, after = bench.timed(best.network)
-    top1 = None if bench.validate is None else bench.validate(bench.choices.teacher)
-    original = replace(bench.original(before), top1=top1)
-    rows = {site: _row(bench.choices, best, alone, site) for site in best.done}
-    done = {site: _explained(decision, rows[site]) for site, decision in best.done.items()}
+    """The result of a search: the best choice fitted to all images, timed, written to `folder`."""
+    network, done = carry_out(choices, best.places)
+    before, after = bench.timed(network)
+    original, chosen = bench.original(before), replace(best.point, ms=after, chosen=True)
+    if bench.validate is not None:
+        original = replace(original, top1=bench.validate(choices.teacher))
+        chosen = replace(chosen, top1=bench.validate(network))
+    rows = {site: _row(choices, best, alone, site) for site in done}
+    done = {site: _explained(decision, rows[site]) for site, decision in done.items()}
     name = policy.name.replace("budget(", "search(", 1)
-    fast, plan = finished(model, best.network, name, bench.choices.plan, done, "kept by the search")
+    fast, plan = finished(model, network, name, choices.plan, done, "kept by the search")
     remember(fast, plan)
-    marked = tuple(
-        replace(point, ms=after, chosen=True) if point is best.point else point for point in points
-    )
+    marked = tuple(chosen if point is best.point else point for point in points)
     gain = sum(row.ms for row in rows.values())
     result = Found(fast, plan, marked, original, round(before - gain, 6))
     if folder is not None:

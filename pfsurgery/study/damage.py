@@ -39,17 +39,8 @@ class Judge:
 
 
 def judge_of(choices: Choices) -> Judge:
-    """Compares by the held-out images: for changes of one site, of which all see the same ones."""
+    """Compares by the images that are held out."""
     return Judge(choices.judges, outputs(choices.teacher, choices.judges))
-
-
-def judge_by_all(choices: Choices) -> Judge:
-    """Compares by all images: whole networks differ by less than the noise of a few of them.
-
-    A fit has few numbers for the positions that it sees, so that it hardly knows the images.
-    """
-    images = [*choices.batches, *choices.judges]
-    return Judge(images, outputs(choices.teacher, images))
 
 
 def seen_of(choices: Choices) -> GraphView:

@@ -14,9 +14,8 @@ from pfsurgery.errors import PolicyError
 from pfsurgery.example import Example
 from pfsurgery.policy import Tell
 from pfsurgery.recover.budget import Budget
-from pfsurgery.recover.choices import Choices, Places, read_choices
+from pfsurgery.recover.choices import Choices, Places, halved, read_choices
 from pfsurgery.recover.device import site_times
-from pfsurgery.recover.progress import tracked
 from pfsurgery.run_folder import note_run
 from pfsurgery.select import Patterns
 from pfsurgery.study.bench import (
@@ -29,7 +28,7 @@ from pfsurgery.study.bench import (
     measured_alone,
 )
 from pfsurgery.study.competitors import on_hull, with_unfitted
-from pfsurgery.study.damage import damages, judge_by_all, judge_of, seen_of
+from pfsurgery.study.inside import weights_inside
 from pfsurgery.study.optuna_search import (
     STORAGE,
     STUDY_PAGE,
@@ -44,6 +43,7 @@ OPS = ("max_pool", "avg_pool")
 _FITTED = 12  # bottlenecks of a site that compete
 _SEEDS = 6  # budgets whose solutions Optuna begins with
 _ROUNDS = 2  # of repair
+_TRUSTS = (0.5, 1.0)  # powers of the weights that are tried: a whole step may go too far
 
 
 def search(
@@ -66,16 +66,18 @@ def search(
        output measured. A mixed-integer programme picks one form a site within the budget.
     2. That choice, and the one that `budget` makes by relative errors, are carried out; the one
        whose outputs are closer to the original's goes on.
-    3. Damages interact, so forms near the chosen ones are measured again, each inside the converted
-       network, and the programme picks again; this is kept where it brings the output closer.
+    3. Damages interact, so it is measured how much those of each part of the network count in the
+       converted one, with all behind it refitted; the programme picks again with these weights. A
+       choice is kept where it brings the output closer, and then step 3 is repeated once.
 
-    So the result is never further from the original, on these images, than that of `budget`. It
-    takes several times as long.
+    Networks that are compared are fitted to one half of the images and judged by the other. The one
+    that is returned is fitted to all. So on images that it was not fitted to, the choice is never
+    further from the original than that of `budget`. It takes several times as long.
 
     Args:
         model: The trained model; left as it is.
         policy: What may be spent, see `pfsurgery.budget`.
-        images: A few hundred to a few thousand unlabelled images; a tenth is held out to judge by.
+        images: A few hundred to a few thousand unlabelled images.
         ops: Ops that are not fitted and compete too.
         validate: Accuracy in percent of a model, if labels are at hand; it is only reported.
         example: As for `pfsurgery.plan`.
@@ -91,25 +93,34 @@ def search(
     """
     folder = _noted(model, policy, out)
     mark = marker(model, policy, example, include, exclude, None)
-    choices = on_hull(read_choices(model, mark, images, policy.forms, tell), _FITTED)
-    rivals = with_unfitted(choices, ops)
-    bench = Bench(rivals, judge_by_all(rivals), validate, policy.batch, policy.unit, tell)
+    fitted = on_hull(read_choices(model, mark, images, policy.forms, tell), _FITTED)
+    choices = with_unfitted(fitted, ops)
+    bench = Bench(halved(choices), validate, policy.batch, policy.unit, tell)
 
-    equal = bench.make("equal relative errors", "budget", policy.choose(choices, tell)[0])
-    alone = measured_alone(bench, folder)
-    places, _ = policy.choose(rivals, tell, damages_alone(rivals, alone), programme)
-    best, points = equal, [equal.point]
-    for number in range(_ROUNDS + 1):
-        origin = "repair" if number else "sensitivity"
-        made = bench.make(f"repair {number}" if number else "measured damage", origin, places)
-        points.append(made.point)
-        if number and made.point.damage >= best.point.damage:
+    equal = bench.make("equal relative errors", "budget", policy.choose(fitted, tell)[0])
+    alone = measured_alone(choices, policy.batch, folder, tell)
+    harm = damages_alone(choices, alone)
+    places, _ = policy.choose(choices, tell, harm, programme)
+    made = bench.make("measured damage", "sensitivity", places)
+    points = [equal.point, made.point]
+    best = min(equal, made, key=_damage)
+    for number in range(1, _ROUNDS + 1):
+        weights = weights_inside(
+            bench.choices, best.places, _points(policy, choices, harm), bench.judge, tell
+        )
+        repaired = []
+        for trust in _TRUSTS:
+            weighted = {
+                name: [weights[name] ** trust * damage for damage in damages]
+                for name, damages in harm.items()
+            }
+            places, _ = policy.choose(choices, tell, weighted, programme)
+            repaired.append(bench.make(f"repair {number}, trust {trust:g}", "repair", places))
+        points += [made.point for made in repaired]
+        if min(map(_damage, repaired)) >= best.point.damage:
             break
-        best = min(best, made, key=lambda one: one.point.damage)
-        places = _repaired(policy, bench, best)
-        if places == best.places:
-            break
-    return found(model, policy, bench, best, points, alone, folder)
+        best = min(repaired, key=_damage)
+    return found(model, policy, choices, bench, best, points, alone, folder)
 
 
 def search_front(
@@ -158,17 +169,16 @@ def search_front(
     if storage is None and folder is None:
         raise PolicyError("A search with Optuna needs a place for its trials: give out or storage.")
     mark = marker(model, policy, example, include, exclude, None)
-    choices = with_unfitted(
-        on_hull(read_choices(model, mark, images, policy.forms, tell), _FITTED), ops
-    )
+    fitted = on_hull(read_choices(model, mark, images, policy.forms, tell), _FITTED)
+    choices = with_unfitted(fitted, ops)
     study, options = open_study(
         storage or Path(out or ".") / STORAGE,
         choices.options,
         {"unit": policy.unit, "batch": policy.batch, "ops": list(ops)},
     )
     choices = replace(choices, options=options)
-    bench = Bench(choices, judge_by_all(choices), validate, policy.batch, policy.unit, tell)
-    alone = measured_alone(bench, folder)
+    bench = Bench(halved(choices), validate, policy.batch, policy.unit, tell)
+    alone = measured_alone(choices, policy.batch, folder, tell)
     front = explore(
         study,
         options,
@@ -192,7 +202,7 @@ def search_front(
         for trial in front
         if trial is not best
     ]
-    return found(model, policy, bench, made, [*others, made.point], alone, folder)
+    return found(model, policy, choices, bench, made, [*others, made.point], alone, folder)
 
 
 def _noted(model: nn.Module, policy: Budget, out: str | Path | None) -> Path | None:
@@ -212,45 +222,31 @@ def _as_outcome(made: Made) -> Outcome:
     return made.point.damage, made.share, asdict(made.point)
 
 
+def _damage(made: Made) -> float:
+    return made.point.damage
+
+
+def _points(
+    policy: Budget, choices: Choices, harm: Mapping[str, Sequence[float]]
+) -> dict[str, list[tuple[float, float]]]:
+    """Cost and damage of each option; with a budget of time, the cost is in multiply-adds."""
+    return {
+        site.name: [
+            (policy.cost(site, option), damage)
+            for option, damage in zip(choices.options[site.name], harm[site.name], strict=True)
+        ]
+        for site in choices.sites
+    }
+
+
 def _solutions(
     policy: Budget, choices: Choices, harm: Mapping[str, Sequence[float]]
 ) -> list[Places]:
     """The programme's choices at budgets from the least to nearly all of the convolutions' cost."""
+    points = _points(policy, choices, harm)
     if policy.unit == "latency":
-        costs = site_times(choices, policy.batch)
-    else:
-        costs = {
-            site.name: [policy.cost(site, option) for option in choices.options[site.name]]
-            for site in choices.sites
-        }
-    points = {name: list(zip(costs[name], harm[name], strict=True)) for name in costs}
-    least = sum(min(values) for values in costs.values())
-    most = sum(values[0] for values in costs.values())
+        times = site_times(choices, policy.batch)
+        points = {name: list(zip(times[name], harm[name], strict=True)) for name in times}
+    least = sum(min(cost for cost, _ in options) for options in points.values())
+    most = sum(options[0][0] for options in points.values())
     return [programme(points, least + (most - least) * i / _SEEDS) for i in range(_SEEDS)]
-
-
-def _repaired(policy: Budget, bench: Bench, best: Made) -> Places:
-    """The programme's choice among forms near the chosen ones, measured inside the network."""
-    choices = bench.choices
-    near = {site.name: _near(choices, site.name, best.places[site.name]) for site in choices.sites}
-    options = {name: [choices.options[name][i] for i in places] for name, places in near.items()}
-    judge, seen = judge_of(choices), seen_of(choices)
-    harm = {
-        site.name: damages(choices, best.network, site, options[site.name], judge, seen)
-        for site in tracked(choices.sites, "measuring sites inside")
-    }
-    picked, _ = policy.choose(replace(choices, options=options), bench.tell, harm, programme)
-    return {name: near[name][place] for name, place in picked.items()}
-
-
-def _near(choices: Choices, name: str, place: int) -> list[int]:
-    """The option and those beside it in cost, fitted ones and the convolution; alone if bare."""
-    options = choices.options[name]
-    chosen = options[place]
-    if chosen is not None and chosen.form in ("bare", "op"):
-        return [place]
-    fitted = [i for i, o in enumerate(options) if o is None or o.form not in ("bare", "op")]
-    dense = max((o.macs for o in options if o is not None), default=0.0) + 1
-    order = sorted(fitted, key=lambda i: dense if (o := options[i]) is None else o.macs)
-    at = order.index(place)
-    return order[max(0, at - 2) : at + 3]
