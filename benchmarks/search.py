@@ -176,7 +176,12 @@ def drawn_at_random(bench: Bench, budget: float, draws: int) -> None:
 
 
 def named(bench: Bench, budget: float) -> None:
-    """Rows of the named policies, refitted."""
+    """Rows of `budget` with the same limit, of the named policies, refitted, and of the rivals."""
+
+    def by_equal_errors() -> nn.Module:
+        return pfsurgery.convert(bench.model, bench.policy(budget), images=bench.images)
+
+    bench.add(budget, "budget: equal relative errors", by_equal_errors)
     for name in POLICIES:
 
         def make(name: str = name) -> nn.Module:

@@ -23,6 +23,7 @@ from pfsurgery.recover.hull import spend
 from pfsurgery.recover.options import Option
 from pfsurgery.report import write_report
 from pfsurgery.run_folder import read_run
+from pfsurgery.study.known import LINES as NETWORKS
 from pfsurgery.study.optuna_search import explore, open_study
 from pfsurgery.study.programme import programme
 from pfsurgery.study.search import search_front
@@ -139,7 +140,17 @@ def test_a_search_is_within_budget_and_no_further_off_than_equal_errors(images, 
     again = search(model, budget(macs="50%"), images, tell=told.append, **only)
     assert not any("costs" in line for line in told), "what was measured is not measured again"
     assert again.plan == found.plan
+    assert [point.damage for point in again.points] == [point.damage for point in found.points]
     torch.testing.assert_close(again.model(one), found.model(one))
+
+    lines = (tmp_path / NETWORKS).read_text().splitlines(keepends=True)
+    assert any('"inside"' in line for line in lines)
+    (tmp_path / NETWORKS).write_text("".join(lines[:-2]) + lines[-1][:30])  # as a kill leaves it
+    search(model, budget(macs="50%"), images, **only)
+    after = (tmp_path / NETWORKS).read_text().splitlines(keepends=True)
+    assert after[: len(lines) - 2] == lines[:-2]
+    known = [json.loads(line)["what"] for line in after]
+    assert known == [json.loads(line)["what"] for line in lines], "nothing is measured twice"
 
 
 def test_bare_forms_compete_where_a_pointwise_follows(images):

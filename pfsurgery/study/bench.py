@@ -23,6 +23,7 @@ from pfsurgery.recover.device import site_times
 from pfsurgery.run_folder import write_json
 from pfsurgery.sites import Site
 from pfsurgery.study.damage import Judge, judge_of
+from pfsurgery.study.known import Known, named_options
 from pfsurgery.study.sensitivity import Sensitivity, measured
 
 RESULT = "search.json"
@@ -40,7 +41,7 @@ class Point:
         params: Parameters.
         ms: Time of one batch, as `optimize` leaves it.
         damage: Distance of its outputs to the original's (KL in nats) on images that it was not
-            fitted to. The network that is returned is fitted to more images than this one was.
+            fitted to; the network that is returned, which is fitted to all, has that of its choice.
         top1: Accuracy in percent, None where no `validate` was given.
         chosen: Whether it is the result.
     """
@@ -103,6 +104,7 @@ class Bench:
         validate: Accuracy in percent, None without labels.
         batch: Images of a timed batch.
         unit: What a budget is in: `macs`, `params` or `latency`.
+        known: What was measured before.
         tell: Called with a line of text for each network.
     """
 
@@ -110,6 +112,7 @@ class Bench:
     validate: Callable[[nn.Module], float] | None
     batch: int
     unit: Unit
+    known: Known
     tell: Tell
 
     @cached_property
@@ -119,16 +122,29 @@ class Bench:
 
     def make(self, name: str, origin: str, places: Places) -> Made:
         """The network with one option a site."""
+        what = {
+            "network": named_options(self.choices, places),
+            "validated": self.validate is not None,
+        }
+        values, share = self.known.measured(what, lambda: self._measured(places))
+        point = Point(name, origin, **values)
+        self.tell(f"{name}: damage {point.damage:.4f}, {point.macs:.4g} MACs, {point.ms:.3g} ms")
+        return Made(places, point, share)
+
+    def _measured(self, places: Places) -> tuple[dict[str, Any], float]:
+        """The fields of its point, and its share of the original's cost."""
         network, _ = carry_out(self.choices, places)
         before, after = self.timed(network)
-        original = self.original(before)
-        top1 = None if self.validate is None else self.validate(network)
         whole = count(network, self._image)
-        costs = (whole.macs, whole.parameters, after)
-        point = Point(name, origin, *costs, self.judge(network), top1)
-        self.tell(f"{name}: damage {point.damage:.4f}, {point.macs:.4g} MACs, {point.ms:.3g} ms")
-        share = _amount(point, self.unit) / _amount(original, self.unit)
-        return Made(places, point, share)
+        values: dict[str, Any] = {
+            "macs": whole.macs,
+            "params": whole.parameters,
+            "ms": after,
+            "damage": self.judge(network),
+            "top1": None if self.validate is None else self.validate(network),
+        }
+        point, original = Point("", "", **values), self.original(before)
+        return values, _amount(point, self.unit) / _amount(original, self.unit)
 
     def original(self, ms: float) -> Point:
         """The original as a point, its accuracy left open."""
@@ -194,7 +210,8 @@ def found(
     """The result of a search: the best choice fitted to all images, timed, written to `folder`."""
     network, done = carry_out(choices, best.places)
     before, after = bench.timed(network)
-    original, chosen = bench.original(before), replace(best.point, ms=after, chosen=True)
+    name = f"{best.point.name}, fitted to all images"
+    original, chosen = bench.original(before), replace(best.point, name=name, ms=after, chosen=True)
     if bench.validate is not None:
         original = replace(original, top1=bench.validate(choices.teacher))
         chosen = replace(chosen, top1=bench.validate(network))
@@ -203,9 +220,8 @@ def found(
     name = policy.name.replace("budget(", "search(", 1)
     fast, plan = finished(model, network, name, choices.plan, done, "kept by the search")
     remember(fast, plan)
-    marked = tuple(chosen if point is best.point else point for point in points)
     gain = sum(row.ms for row in rows.values())
-    result = Found(fast, plan, marked, original, round(before - gain, 6))
+    result = Found(fast, plan, (*points, chosen), original, round(before - gain, 6))
     if folder is not None:
         write_json(folder / RESULT, _as_values(policy, result))
     return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 from torch import nn
@@ -16,6 +17,7 @@ from pfsurgery.recover.polish import polish
 from pfsurgery.recover.progress import tracked
 from pfsurgery.sites import Site
 from pfsurgery.study.damage import Judge
+from pfsurgery.study.known import Known, named_options
 
 _RUNS = 8  # of sites that are measured together: each takes about as long as a conversion
 _LEAST = 0.1  # of the median weight: a difference of nearly nothing is noise
@@ -26,6 +28,7 @@ def weights_inside(
     places: Places,
     points: Mapping[str, Sequence[Point]],
     judge: Judge,
+    known: Known,
     tell: Tell,
 ) -> dict[str, float]:
     """For each site, by how much its damages count where the whole network is converted.
@@ -42,25 +45,39 @@ def weights_inside(
         places: The converted network that is looked at: index of each site's option.
         points: (cost, damage that it does alone) of each option of each site.
         judge: Measures how far outputs are from the original's.
+        known: What was measured before.
         tell: Called with a line of text for each run of sites.
     """
     length = -(-len(choices.sites) // _RUNS)
     runs = [choices.sites[at : at + length] for at in range(0, len(choices.sites), length)]
     steps = {name: _steps(points[name], place) for name, place in places.items()}
-    before = copy.deepcopy(choices.teacher)
+    before, waiting = copy.deepcopy(choices.teacher), list[Site]()
     weights: list[float | None] = []
-    for number, run in enumerate(tracked(runs, "measuring sites inside")):
+
+    def measure(number: int) -> list[float]:
+        """The damage of the cheaper and of the better network."""
+        edit(choices, before, waiting, places)
+        waiting.clear()
+        run = runs[number]
         behind = [site for later in runs[number:] for site in later]
-        cheaper = places | {site.name: steps[site.name].cheaper for site in run}
-        better = places | {site.name: steps[site.name].better for site in run}
-        alone = sum(steps[site.name].damage for site in run)
-        weight = None
+        return [
+            _damage(choices, before, behind, places | changed, judge)
+            for changed in (
+                {site.name: steps[site.name].cheaper for site in run},
+                {site.name: steps[site.name].better for site in run},
+            )
+        ]
+
+    looked_at = named_options(choices, places)
+    for number, run in enumerate(tracked(runs, "measuring sites inside")):
+        alone, weight = sum(steps[site.name].damage for site in run), None
         if alone > 0:
-            made = [_damage(choices, before, behind, each, judge) for each in (cheaper, better)]
-            weight = (made[0] - made[1]) / alone
+            what = {"inside": looked_at, "run": [site.name for site in run]}
+            cheaper, better = known.measured(what, partial(measure, number))
+            weight = (cheaper - better) / alone
             tell(f"{run[0].name} to {run[-1].name}: {weight:.3g} of what they do alone")
         weights.append(weight)
-        edit(choices, before, run, places)
+        waiting += run
     usual = median([weight for weight in weights if weight is not None and weight > 0] or [1.0])
     kept = [usual if weight is None else max(weight, _LEAST * usual) for weight in weights]
     return {site.name: weight for run, weight in zip(runs, kept, strict=True) for site in run}

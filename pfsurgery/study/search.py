@@ -29,6 +29,7 @@ from pfsurgery.study.bench import (
 )
 from pfsurgery.study.competitors import on_hull, with_unfitted
 from pfsurgery.study.inside import weights_inside
+from pfsurgery.study.known import Known
 from pfsurgery.study.optuna_search import (
     STORAGE,
     STUDY_PAGE,
@@ -95,31 +96,32 @@ def search(
     mark = marker(model, policy, example, include, exclude, None)
     fitted = on_hull(read_choices(model, mark, images, policy.forms, tell), _FITTED)
     choices = with_unfitted(fitted, ops)
-    bench = Bench(halved(choices), validate, policy.batch, policy.unit, tell)
-
-    equal = bench.make("equal relative errors", "budget", policy.choose(fitted, tell)[0])
     alone = measured_alone(choices, policy.batch, folder, tell)
     harm = damages_alone(choices, alone)
+    bench = _bench(policy, choices, validate, Known(folder), tell)
+    equal = bench.make("equal relative errors", "budget", policy.choose(fitted, tell)[0])
     places, _ = policy.choose(choices, tell, harm, programme)
     made = bench.make("measured damage", "sensitivity", places)
-    points = [equal.point, made.point]
-    best = min(equal, made, key=_damage)
+    tried = [equal, made]
+    best = min(tried, key=_damage)
     for number in range(1, _ROUNDS + 1):
         weights = weights_inside(
-            bench.choices, best.places, _points(policy, choices, harm), bench.judge, tell
+            *(bench.choices, best.places, _points(policy, choices, harm)),
+            *(bench.judge, bench.known, tell),
         )
-        repaired = []
         for trust in _TRUSTS:
             weighted = {
                 name: [weights[name] ** trust * damage for damage in damages]
                 for name, damages in harm.items()
             }
             places, _ = policy.choose(choices, tell, weighted, programme)
-            repaired.append(bench.make(f"repair {number}, trust {trust:g}", "repair", places))
-        points += [made.point for made in repaired]
-        if min(map(_damage, repaired)) >= best.point.damage:
+            if all(places != made.places for made in tried):
+                tried.append(bench.make(f"repair {number}, trust {trust:g}", "repair", places))
+        nearest = min(tried, key=_damage)
+        if nearest is best:
             break
-        best = min(repaired, key=_damage)
+        best = nearest
+    points = [made.point for made in tried]
     return found(model, policy, choices, bench, best, points, alone, folder)
 
 
@@ -177,8 +179,8 @@ def search_front(
         {"unit": policy.unit, "batch": policy.batch, "ops": list(ops)},
     )
     choices = replace(choices, options=options)
-    bench = Bench(halved(choices), validate, policy.batch, policy.unit, tell)
     alone = measured_alone(choices, policy.batch, folder, tell)
+    bench = _bench(policy, choices, validate, Known(None), tell)  # the storage knows the trials
     front = explore(
         study,
         options,
@@ -216,6 +218,16 @@ def _noted(model: nn.Module, policy: Budget, out: str | Path | None) -> Path | N
         return None
     note_run(out, "search", model=model)
     return Path(out)
+
+
+def _bench(
+    policy: Budget,
+    choices: Choices,
+    validate: Callable[[nn.Module], float] | None,
+    known: Known,
+    tell: Tell,
+) -> Bench:
+    return Bench(halved(choices), validate, policy.batch, policy.unit, known, tell)
 
 
 def _as_outcome(made: Made) -> Outcome:
