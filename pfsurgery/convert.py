@@ -86,6 +86,7 @@ def convert(
     with a line of text for each step.
     """
     if isinstance(policy, DataPolicy):
+        _refuse_mixing(mixing)
         marked = marker(model, policy, example, include, exclude, where)
         fitted, carried_out = policy.convert(model, marked, images, tell)
         remember(fitted, carried_out)
@@ -120,6 +121,7 @@ def convert_(
 ) -> Model:
     """Convert `model` itself and return it; see `convert`. If it fails, the model is unchanged."""
     if isinstance(policy, DataPolicy):
+        _refuse_mixing(mixing)
         marked = marker(model, policy, example, include, exclude, where)
         fitted, carried_out = policy.convert(model, marked, images, tell)
         _apply(model, carried_out)
@@ -129,6 +131,14 @@ def convert_(
     _check(model, chosen, example)
     with torch.inference_mode(False):
         return _apply(model, chosen)
+
+
+def _refuse_mixing(mixing: Mixing) -> None:
+    if mixing != "auto":
+        raise PolicyError(
+            f"mixing={mixing!r} is for policies of rules: what a policy that is fitted to images "
+            "leaves at a site brings its own pointwise convolutions. Leave it out."
+        )
 
 
 def marker(

@@ -252,8 +252,7 @@ def _quietly(mode: Any) -> Iterator[None]:
 
 def _real_shadow(model: nn.Module) -> Shadow:
     """Shares the parameters, which a forward pass does not change, and copies all else."""
-    parameters = {id(p.detach()): p for p in model.parameters()}
-    pointers = {p.data_ptr() for p in parameters.values()}
+    pointers = {parameter.data_ptr() for parameter in model.parameters()}
 
     def convert(tensor: Tensor) -> Tensor:
         return tensor if tensor.data_ptr() in pointers else tensor.clone()

@@ -123,6 +123,14 @@ def test_a_convolution_that_is_a_few_shifts_is_found_exactly(images):
         torch.testing.assert_close(fast(images[0]), model(images[0]), atol=1e-5, rtol=1e-4)
 
 
+def test_images_may_come_one_by_one(images):
+    """As large ones do, of which a batch holds one."""
+    model, one_by_one = trained_like(), torch.cat(images).split(1)
+    fast = convert(model, budget(macs="50%"), images=one_by_one)
+    together = convert(model, budget(macs="50%"), images=images)
+    assert distance(model, fast, images) < 1.5 * distance(model, together, images)
+
+
 def test_the_same_images_give_the_same_model(images):
     model = trained_like()
     one, two = (convert(model, budget(macs="40%"), images=images) for _ in range(2))
@@ -188,6 +196,11 @@ def test_few_or_constant_images_give_a_finite_model(make):
     fitted = [m for m in fast.modules() if isinstance(m, Bottleneck)]
     weights = torch.cat([p.detach().flatten() for m in fitted for p in m.parameters()])
     assert weights[weights != 0].abs().min() > 1e-31  # no denormal numbers, which are slow
+
+
+def test_mixing_is_for_rules(images):
+    with pytest.raises(PolicyError, match="mixing='never' is for policies of rules"):
+        convert(trained_like(), budget(macs="50%"), images=images, mixing="never")
 
 
 def test_what_cannot_be_done_is_said_and_changes_nothing(images):

@@ -109,7 +109,7 @@ def test_a_remembered_teacher_is_asked_once_for_each_image(trained):
     def weights(**settings) -> list[Tensor]:
         model = copy.deepcopy(fast)
         seen.clear()
-        config = FinetuneConfig(batch_size=32, epochs=3, **settings)
+        config = FinetuneConfig(**{"batch_size": 32, "epochs": 3, **settings})
         finetune(model, train=few(), teacher=trained, config=config)
         return [p.detach() for p in model.parameters()]
 
@@ -122,6 +122,8 @@ def test_a_remembered_teacher_is_asked_once_for_each_image(trained):
         assert sum(seen) == 96
         weights(teacher_cache=True, match_weight=0.5)
         assert sum(seen) == 3 * 96, "matched blocks need the teacher itself"
+        weights(teacher_cache=True, batch_size=40)
+        assert 80 < sum(seen) <= 80 + 2 * 16, "16 are left out of the first epoch's batches"
     finally:
         handle.remove()
 
@@ -144,6 +146,14 @@ def test_stages_are_those_that_timm_names(trained):
     assert error(fast) < 0.8 * before
     with pytest.raises(TrainingError, match="Sequential does not name its stages"):
         match_stages(nn.Sequential(fast), trained)
+
+
+def test_stages_that_give_several_maps_are_refused():
+    model = timm.create_model("hrnet_w18_small", num_classes=10)
+    fast = pfsurgery.convert(model, "maxpool_deep", example=IMAGES[:1])
+    config = FinetuneConfig(max_steps=1, stage_weight=1.0, batch_size=8)
+    with pytest.raises(TrainingError, match="gives a list, not a tensor"):
+        finetune(fast, train=few(8), teacher=model, config=config)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -181,6 +191,18 @@ def test_a_ramp_begins_with_the_original():
             fast.eval()
             end = fast(IMAGES)
         assert torch.equal(end, fast(IMAGES))
+
+
+def test_a_ramp_that_is_gone_back_to_blends_again():
+    original, fast = pair("maxpool_all")
+    ramp = Ramp(fast.train(), original, steps=10)
+    with ramp.blending(), torch.no_grad():
+        ramp.at(0)
+        blended = fast(IMAGES)
+        ramp.at(10)
+        assert not torch.equal(fast(IMAGES), blended)
+        ramp.at(0)
+        torch.testing.assert_close(fast(IMAGES), blended)
 
 
 def test_a_ramp_leaves_nothing_behind(trained):

@@ -153,6 +153,11 @@ def test_a_search_is_within_budget_and_no_further_off_than_equal_errors(images, 
     assert known == [json.loads(line)["what"] for line in lines], "nothing is measured twice"
 
 
+def test_a_search_needs_something_to_choose(images):
+    with pytest.raises(PolicyError, match="No convolution of Net can be converted"):
+        search(trained_like(), budget(macs="90%"), images, exclude="*")
+
+
 def test_bare_forms_compete_where_a_pointwise_follows(images):
     torch.manual_seed(0)
     model = nn.Sequential(

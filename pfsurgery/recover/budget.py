@@ -15,15 +15,14 @@ from pfsurgery.plan import Decision, Plan, decide
 from pfsurgery.policy import Rule, Tell
 from pfsurgery.recover.calibration import as_batch
 from pfsurgery.recover.choices import Choices, carry_out, finished, read_choices
-from pfsurgery.recover.device import choose_by_latency
+from pfsurgery.recover.device import choose_by_latency, site_times
 from pfsurgery.recover.drop import cheapest_within
 from pfsurgery.recover.fit import Form
 from pfsurgery.recover.hull import Pick, Point, spend
-from pfsurgery.recover.options import Option
+from pfsurgery.recover.options import PARAMETER_FREE, Option
 from pfsurgery.recover.sequence import reuse
 from pfsurgery.sites import Site
 
-_PARAMETER_FREE: tuple[Form, ...] = ("columns", "waist", "bottleneck", "mixed")
 # With thin bottlenecks allowed, the mixed form is hardly ever chosen and takes longest to fit.
 _ANY: tuple[Form, ...] = ("columns", "waist", "bottleneck", "thin")
 
@@ -100,7 +99,7 @@ class Budget:
         """
         choices = read_choices(model, mark, images, self.forms, tell)
         if self.max_drop is not None and self.validate is not None:
-            points = self._points(choices, relative_errors(choices))
+            points = self.points(choices, relative_errors(choices))
             student, done = cheapest_within(choices, points, self.max_drop, self.validate, tell)
         else:
             places, times = self.choose(choices, tell)
@@ -114,16 +113,19 @@ class Budget:
         self,
         choices: Choices,
         tell: Tell,
-        points: Mapping[str, Sequence[float]] | None = None,
+        damages: Mapping[str, Sequence[float]] | None = None,
         pick: Pick = spend,
-    ) -> tuple[dict[str, int], dict[str, list[float]] | None]:
+        times: Mapping[str, Sequence[float]] | None = None,
+    ) -> tuple[dict[str, int], Mapping[str, Sequence[float]] | None]:
         """Index of each site's option within the budget.
 
         Args:
             choices: What there is to choose from.
             tell: Called with a line of text for each network that was timed.
-            points: What each option of each site does to the output; by default its relative error.
+            damages: What each option of each site does to the output; by default its relative
+                error.
             pick: Chooses one option a site, given (cost, damage) of all and what may be spent.
+            times: The ms of each option of each site, for a budget of time, if they are known.
 
         Returns:
             The indices, and with a budget of time the ms of all options.
@@ -131,17 +133,18 @@ class Budget:
         Raises:
             PolicyError: The budget cannot be met; the message says what the least is.
         """
-        damage = relative_errors(choices) if points is None else points
+        damage = relative_errors(choices) if damages is None else damages
         if self.unit == "latency":
             allowed = partial(absolute, self.amount)
             images = as_batch(choices.batches[0][:1], self.batch)
-            return choose_by_latency(choices, images, allowed, damage, pick, tell)
-        return pick(self._points(choices, damage), self._allowed(choices)), None
+            known = site_times(choices, self.batch) if times is None else times
+            return choose_by_latency(choices, images, allowed, damage, known, pick, tell), known
+        return pick(self.points(choices, damage), self._allowed(choices)), None
 
-    def _points(
+    def points(
         self, choices: Choices, damage: Mapping[str, Sequence[float]]
     ) -> dict[str, list[Point]]:
-        """Cost and damage of each option of each site."""
+        """Cost and damage of each option of each site; a budget of time costs multiply-adds."""
         return {
             site.name: [
                 (self.cost(site, option), harm)
@@ -228,7 +231,7 @@ def budget(
     if batch < 1:
         raise PolicyError(f"A batch has 1 image or more, not {batch}.")
     absolute(given[0], 1.0)
-    forms = _ANY if thin else _PARAMETER_FREE
+    forms = _ANY if thin else PARAMETER_FREE
     return Budget(macs, params, latency, batch, max_drop, validate, forms, pointwise)
 
 

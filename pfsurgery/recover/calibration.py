@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pfsurgery.batches import unlabelled_images
 from pfsurgery.errors import DataError
 
-FEWEST = 64  # images of which a part is held out
+_FEWEST = 64  # images of which a part is held out
 _IMAGE = 3 * 224 * 224
 # Numbers of one batch: larger ones need fresh memory for every layer on a CPU, which takes longer
 # than the layer, and a GPU should have work for all its cores.
@@ -45,13 +45,17 @@ def calibration_batches(images: Any, model: nn.Module) -> list[Tensor]:
     return batches
 
 
-def hold_out(batches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Batches to fit to, and a tenth of the images to judge by; all serve for both if few."""
-    if sum(len(batch) for batch in batches) < FEWEST:
+def hold_out(batches: Sequence[Tensor], every: int = 10) -> tuple[list[Tensor], list[Tensor]]:
+    """Batches to fit to, and every tenth image to judge by; all serve for both if few."""
+    if sum(len(batch) for batch in batches) < _FEWEST:
         return list(batches), list(batches)
-    cuts = [len(batch) - max(1, round(len(batch) / 10)) for batch in batches]
-    fitted = [batch[:cut] for batch, cut in zip(batches, cuts, strict=True) if cut]
-    return fitted, [batch[cut:] for batch, cut in zip(batches, cuts, strict=True)]
+    fitted, judges, at = [], [], 0
+    for batch in batches:
+        held = torch.arange(at, at + len(batch), device=batch.device) % every == every - 1
+        fitted.append(batch[~held])
+        judges.append(batch[held])
+        at += len(batch)
+    return [batch for batch in fitted if len(batch)], [batch for batch in judges if len(batch)]
 
 
 def in_fast_layout(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:

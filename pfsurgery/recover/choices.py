@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pfsurgery.plan import Decision, Plan
 from pfsurgery.policy import KEEP, Tell
 from pfsurgery.recover.calibration import (
-    FEWEST,
     calibration_batches,
     dressed,
     frozen_copy,
@@ -146,12 +145,11 @@ def halved(choices: Choices) -> Choices:
     A fit knows the images that it was made from: how far a network is from the original there says
     little of how far it is elsewhere.
     """
-    batches = choices.batches
-    if len(batches) == 1:
-        batches = torch.split(batches[0], max(1, (len(batches[0]) + 1) // 2))
-    if sum(len(batch) for batch in batches) < FEWEST:
+    batches, judges = hold_out(choices.batches, every=2)
+    if len(batches) == len(judges) and all(map(operator.is_, batches, judges)):
         return choices
-    return replace(choices, batches=batches[::2], judges=[*batches[1::2], *choices.judges])
+    batches = in_fast_layout(choices.teacher, batches)
+    return replace(choices, batches=batches, judges=[*judges, *choices.judges])
 
 
 def finished(

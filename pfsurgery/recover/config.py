@@ -31,8 +31,8 @@ class FinetuneConfig:
         kd_weight: Share of the teacher in the loss, from 0 to 1; the rest is cross-entropy. With 1,
             no labels are needed. Without a teacher it is not used.
         teacher_cache: Keep the teacher's logits of all training images, from one pass before the
-            first step. For small sets without augmentation; where blocks, stages or mixed images
-            need the teacher itself, it has no effect.
+            first step. For small sets without augmentation, in one process; it has no effect with
+            several, or where blocks, stages or mixed images need the teacher itself.
         match_weight: Weight of matching the teacher's outputs of the blocks where a site was
             replaced. Added to the loss, see `pfsurgery.recover.match.Match`.
         stage_weight: Weight of matching the teacher's outputs at the ends of the stages, which

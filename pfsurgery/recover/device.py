@@ -36,9 +36,10 @@ def choose_by_latency(
     images: Tensor,
     allowed: Callable[[float], float],
     damage: Mapping[str, Sequence[float]],
+    times: Mapping[str, Sequence[float]],
     pick: Pick,
     tell: Tell,
-) -> tuple[dict[str, int], dict[str, list[float]]]:
+) -> dict[str, int]:
     """Chooses one option a site so that the whole network takes the time that is allowed.
 
     Sites are timed alone, and a network with the chosen widths as a whole, both as `optimize`
@@ -50,16 +51,16 @@ def choose_by_latency(
         images: A batch (N, C, H, W) as it will be run.
         allowed: Of the original's time in ms, what the converted network may take.
         damage: What each option of each site does to the output.
+        times: The ms of each option of each site alone, from `site_times`.
         pick: Chooses one option a site, given (ms, damage) of all and the ms that may be spent.
         tell: Called with a line of text for each network that was timed.
 
     Returns:
-        For each site the index of its option, and the ms of all its options.
+        For each site the index of its option.
 
     Raises:
         PolicyError: No choice is as fast as that.
     """
-    times = site_times(choices, len(images))
     points = {name: list(zip(times[name], damage[name], strict=True)) for name in choices.options}
     original = optimize(choices.teacher, images)
     whole = latency({"original": original}, images)["original"].median_ms
@@ -80,7 +81,7 @@ def choose_by_latency(
             f"{share * whole:.3g} ms of the original's {whole:.3g} ms. Ask for that or more, or "
             "let more sites be converted."
         )
-    return places, times
+    return places
 
 
 def _closest(

@@ -50,7 +50,7 @@ class Match:
         try:
             for model, seen in zip((self.student, self.teacher), self._seen, strict=True):
                 for path in self.outputs:
-                    handles.append(_watch(model.get_submodule(path), path, seen))
+                    handles.append(self._watch(model.get_submodule(path), path, seen))
             yield self
         finally:
             for handle in handles:
@@ -61,6 +61,17 @@ class Match:
         """Let go of what was seen."""
         for seen in self._seen:
             seen.clear()
+
+    def _watch(self, module: nn.Module, path: str, seen: dict[str, Tensor]) -> Any:
+        def keep(_: nn.Module, __: Any, output: Any) -> None:
+            if not isinstance(output, Tensor):
+                raise TrainingError(
+                    f"{path!r} gives a {type(output).__name__}, not a tensor that could be "
+                    f"matched. Set {self.setting}=0."
+                )
+            seen[path] = output
+
+        return module.register_forward_hook(keep)
 
     def loss(self) -> Tensor:
         """The mean over the places, of the last forward passes; a scalar in float32.
@@ -106,17 +117,10 @@ def match_stages(student: nn.Module, teacher: nn.Module) -> Match:
     info = getattr(student, "feature_info", None)
     named = [entry["module"] for entry in getattr(info, "info", info) or ()]
     paths = {path for path, _ in student.named_modules()}
-    outputs = [path for path in dict.fromkeys(named) if path in paths]
+    outputs = [path for path in dict.fromkeys(named) if path and path in paths]
     if not outputs:
         raise TrainingError(
             f"stage_weight is set, but {type(student).__name__} does not name its stages as timm's "
             f"models do, in feature_info. Use match_weight, or stage_weight=0."
         )
     return Match(student, teacher, outputs, "stage_weight")
-
-
-def _watch(module: nn.Module, path: str, seen: dict[str, Tensor]) -> Any:
-    def keep(_: nn.Module, __: Any, output: Any) -> None:
-        seen[path] = output
-
-    return module.register_forward_hook(keep)

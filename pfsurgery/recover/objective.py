@@ -1,4 +1,4 @@
-"""The loss of a batch: labels, the teacher's logits, the teacher's blocks."""
+"""The loss of a batch: labels, the teacher's logits, its blocks and stages."""
 
 from __future__ import annotations
 

@@ -39,7 +39,8 @@ def build_run(
     mixed = config.mixup or config.cutmix
     guide = None if teacher is None else _compiled(teacher, config)
     remembered = None
-    if config.teacher_cache and config.kd_weight and guide is not None and not (matches or mixed):
+    alone = accelerator.num_processes == 1 and not (matches or mixed)
+    if config.teacher_cache and config.kd_weight and guide is not None and alone:
         remembered = RememberedLogits(_logits_by(guide, config, accelerator), batches.start(1, 0))
     student, optimizer = accelerator.prepare(model, make_optimizer(model, config))
     return Run(

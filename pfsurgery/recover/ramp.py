@@ -46,7 +46,7 @@ class Ramp:
     def blending(self) -> Iterator[Ramp]:
         """While inside, training passes are blended."""
         try:
-            self._handles = [_blend(new, old, self.alpha) for new, old in self._pairs]
+            self._hook()
             yield self
         finally:
             self._remove()
@@ -55,8 +55,13 @@ class Ramp:
         """Set alpha for a step, counted from 0."""
         if step >= self.steps:
             self._remove()
-        else:
-            self.alpha.fill_(step / self.steps)
+            return
+        if not self._handles:  # the run went back to a checkpoint inside the ramp
+            self._hook()
+        self.alpha.fill_(step / self.steps)
+
+    def _hook(self) -> None:
+        self._handles = [_blend(new, old, self.alpha) for new, old in self._pairs]
 
     def _remove(self) -> None:
         for handle in self._handles:

@@ -18,8 +18,9 @@ class RememberedLogits:
     """Logits by the content of an image.
 
     They are read in one pass before the first step, in the batches of the first epoch, so that a
-    run that is continued has the very same ones. Images that are not among them (augmented ones, or
-    more than a gigabyte holds) are given to the teacher.
+    run that is continued has the very same ones. Images that are not among them (augmented ones,
+    those of a last batch that was left out, or more than a gigabyte holds) are given to the teacher
+    whenever they come.
 
     Args:
         teacher: From images (N, C, H, W) as a loader gives them to logits (N, classes).
@@ -41,8 +42,9 @@ class RememberedLogits:
     def __call__(self, images: Tensor) -> Tensor:
         """Logits (N, classes) of images (N, C, H, W)."""
         known = [self._logits.get(_digest(image)) for image in images]
-        found = [logits for logits in known if logits is not None]
-        return torch.stack(found) if len(found) == len(known) else self._teacher(images)
+        unknown = [place for place, logits in enumerate(known) if logits is None]
+        asked = iter(self._teacher(images[unknown]) if unknown else ())
+        return torch.stack([next(asked) if logits is None else logits for logits in known])
 
 
 def _digest(image: Tensor) -> bytes:

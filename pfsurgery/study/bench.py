@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,6 @@ from pfsurgery.record import remember
 from pfsurgery.recover.budget import Budget, Unit, absolute
 from pfsurgery.recover.calibration import as_batch
 from pfsurgery.recover.choices import Choices, Places, carry_out, finished
-from pfsurgery.recover.device import site_times
 from pfsurgery.run_folder import write_json
 from pfsurgery.sites import Site
 from pfsurgery.study.damage import Judge, judge_of
@@ -125,11 +126,19 @@ class Bench:
         what = {
             "network": named_options(self.choices, places),
             "validated": self.validate is not None,
+            "unit": self.unit,
         }
         values, share = self.known.measured(what, lambda: self._measured(places))
         point = Point(name, origin, **values)
         self.tell(f"{name}: damage {point.damage:.4f}, {point.macs:.4g} MACs, {point.ms:.3g} ms")
         return Made(places, point, share)
+
+    def known_places(self, what: dict[str, Any], choose: Callable[[], Places]) -> Places:
+        """The choice that was made in the same situation before, or else is made now."""
+        key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+        named = self.known.measured({"choice": key}, lambda: named_options(self.choices, choose()))
+        words = {name: list(map(str, options)) for name, options in self.choices.options.items()}
+        return {name: words[name].index(word) for name, word in named.items()}
 
     def _measured(self, places: Places) -> tuple[dict[str, Any], float]:
         """The fields of its point, and its share of the original's cost."""
@@ -173,19 +182,24 @@ def _amount(point: Point, unit: Unit) -> float:
     return point.ms if unit == "latency" else float(getattr(point, unit))
 
 
-def measured_alone(choices: Choices, batch: int, folder: Path | None, tell: Tell) -> Alone:
+def measured_alone(
+    choices: Choices,
+    times: Callable[[], Mapping[str, Sequence[float]]],
+    batch: int,
+    folder: Path | None,
+    tell: Tell,
+) -> Alone:
     """What each option of each site does in the otherwise untouched network.
 
     The time that it saves is that of the site alone: in the whole network it would take as long to
     measure as all else.
     """
-    times = cache(lambda: site_times(choices, batch))
 
     def gains(site: Site) -> list[float]:
         whole, *options = times()[site.name]
         return [whole - ms for ms in options]
 
-    rows = measured(choices, gains, batch, None, folder, tell)
+    rows = measured(choices, gains, "site alone", batch, None, folder, tell)
     return {(row.site, row.op): row for row in rows}
 
 

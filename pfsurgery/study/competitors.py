@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
 
 from pfsurgery.plan import decide
 from pfsurgery.policy import Rule
@@ -15,9 +17,26 @@ from pfsurgery.recover.target import site_operations
 from pfsurgery.sites import Site
 
 
-def on_hull(choices: Choices, most: int) -> Choices:
-    """The choices with at most `most` bottlenecks a site, along the hull of cost and error."""
-    options = {name: _on_hull(found, most) for name, found in choices.options.items()}
+def on_hull(
+    choices: Choices,
+    most: int,
+    cost: Callable[[Site, Option | None], float],
+    chosen: Mapping[str, Option | None] = MappingProxyType({}),
+) -> Choices:
+    """The choices with few bottlenecks a site, spread along the hull of cost and error.
+
+    Args:
+        choices: What `read_choices` found.
+        most: How many bottlenecks a site keeps.
+        cost: Of a site with an option.
+        chosen: Options that stay in any case, by site.
+    """
+    options = {
+        site.name: _on_hull(
+            choices.options[site.name], most, partial(cost, site), chosen.get(site.name)
+        )
+        for site in choices.sites
+    }
     return replace(choices, options=options)
 
 
@@ -42,11 +61,17 @@ def with_unfitted(choices: Choices, ops: Sequence[str]) -> Choices:
     return replace(choices, options=options)
 
 
-def _on_hull(options: Sequence[Option | None], most: int) -> list[Option | None]:
-    """Keeping the convolution, and at most `most` options spread along the hull."""
+def _on_hull(
+    options: Sequence[Option | None],
+    most: int,
+    cost: Callable[[Option], float],
+    chosen: Option | None,
+) -> list[Option | None]:
+    """Keeping the convolution, at most `most` options spread along the hull, and the chosen one."""
     fitted = [option for option in options if option is not None]
-    hull = spread(lower_hull([(option.macs, option.error) for option in fitted]), most)
-    return [None, *(fitted[i] for i in hull)]
+    hull = spread(lower_hull([(cost(option), option.error) for option in fitted]), most)
+    kept = [None, *(fitted[i] for i in hull)]
+    return kept if chosen in kept else [*kept, chosen]
 
 
 def _bare(site: Site) -> list[Option]:

@@ -50,50 +50,45 @@ def seen_of(choices: Choices) -> GraphView:
 
 def damages(
     choices: Choices,
-    context: nn.Module,
     site: Site,
-    options: Sequence[Option | None],
+    options: Sequence[Option],
     measure: Callable[[nn.Module], Measured],
     seen: GraphView,
 ) -> list[Measured]:
-    """What is measured of `context` with each of the options at a site.
+    """What is measured of the original with each of the options at a site.
 
-    An option is fitted where it stands, on what the site reads in `context`, and repaired as in a
-    conversion: its own weights or the pointwise layer behind it are solved in closed form.
+    An option is fitted to what the site reads, and repaired as in a conversion: its own weights or
+    the pointwise layer behind it are solved in closed form.
 
     Args:
-        choices: The original and its images.
-        context: The original, or a network made from it; left as it was.
+        choices: The original, which is left as it was, and its images.
         site: The site.
-        options: What it becomes; None is its convolution.
+        options: What it becomes.
         measure: What to measure of each network, such as a `Judge`.
         seen: The graph view of the original, from `seen_of`.
     """
     teacher, batches = choices.teacher, choices.batches
     screen = choices.screens.get(site.name)
-    before, convolution = get_module(context, site.name), get_module(teacher, site.name)
+    convolution = get_module(teacher, site.name)
     problem = None
     found: list[Measured] = []
     try:
         for option in options:
-            _set(context, site, convolution)
-            if option is None:
-                found.append(measure(context))
-                continue
+            _set(teacher, site, convolution)
             aim = aim_at(teacher, site, option, seen)
             if option.form in ("bare", "op"):  # these change more than the site
                 (goals,) = goals_of(teacher, [aim], batches)
-                own = copy.deepcopy(context)
+                own = copy.deepcopy(teacher)
                 place(teacher, own, aim, goals, batches, seen)
                 found.append(measure(own))
                 continue
             if problem is None:
                 (goals,) = goals_of(teacher, [aim], batches)
-                problem = fitting_problem(teacher, context, aim, goals, batches, screen)
-            place_fit(context, aim, problem, screen)
-            found.append(measure(context))
+                problem = fitting_problem(teacher, teacher, aim, goals, batches, screen)
+            place_fit(teacher, aim, problem, screen)
+            found.append(measure(teacher))
     finally:
-        _set(context, site, before)
+        _set(teacher, site, convolution)
     return found
 
 

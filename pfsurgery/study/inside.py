@@ -72,7 +72,12 @@ def weights_inside(
     for number, run in enumerate(tracked(runs, "measuring sites inside")):
         alone, weight = sum(steps[site.name].damage for site in run), None
         if alone > 0:
-            what = {"inside": looked_at, "run": [site.name for site in run]}
+            beside = {site.name: steps[site.name] for site in run}
+            what = {
+                "inside": looked_at,
+                "cheaper": named_options(choices, {n: s.cheaper for n, s in beside.items()}),
+                "better": named_options(choices, {n: s.better for n, s in beside.items()}),
+            }
             cheaper, better = known.measured(what, partial(measure, number))
             weight = (cheaper - better) / alone
             tell(f"{run[0].name} to {run[-1].name}: {weight:.3g} of what they do alone")

@@ -17,10 +17,8 @@ class Known:
     """Measures what is not known yet, and writes it down.
 
     Args:
-        folder: Run folder; None remembers nothing beyond this object.
-
-    Raises:
-        SurgeryError: A line is not JSON.
+        folder: Run folder, where what a killed run left of a line is dropped; None remembers
+            nothing beyond this object.
     """
 
     def __init__(self, folder: Path | None) -> None:

@@ -93,8 +93,9 @@ def explore(
     """Search the options of all sites by NSGA-II (Deb et al. 2002), for little damage and cost.
 
     Several processes, on one machine or many, may work on one study at the same time. Each trial
-    is kept as soon as it is done, and what a killed process was working on is done again. A choice
-    that was tried before, by whichever process, is not carried out again.
+    is kept as soon as it is done, and what a killed process was working on is done again, where the
+    storage has heartbeats (databases do, a journal file does not). A choice that is known, from
+    whichever process, is not carried out again.
 
     Args:
         study: From `open_study`.

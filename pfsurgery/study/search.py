@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from pfsurgery.convert import marker
-from pfsurgery.errors import PolicyError
+from pfsurgery.errors import PolicyError, needs
 from pfsurgery.example import Example
 from pfsurgery.policy import Tell
 from pfsurgery.recover.budget import Budget
@@ -39,6 +40,8 @@ from pfsurgery.study.optuna_search import (
     open_study,
 )
 from pfsurgery.study.programme import programme
+from pfsurgery.study.same import digest
+from pfsurgery.study.sensitivity import digest_of_images
 
 OPS = ("max_pool", "avg_pool")
 _FITTED = 12  # bottlenecks of a site that compete
@@ -71,9 +74,10 @@ def search(
        converted one, with all behind it refitted; the programme picks again with these weights. A
        choice is kept where it brings the output closer, and then step 3 is repeated once.
 
-    Networks that are compared are fitted to one half of the images and judged by the other. The one
-    that is returned is fitted to all. So on images that it was not fitted to, the choice is never
-    further from the original than that of `budget`. It takes several times as long.
+    Networks that are compared are fitted to every other image and judged by the rest (by the same
+    if there are fewer than 64); the one that is returned is fitted as `budget` would. So on images
+    that they were not fitted to, the choice is never further from the original than that of
+    `budget`. It takes several times as long.
 
     Args:
         model: The trained model; left as it is.
@@ -92,21 +96,29 @@ def search(
         PolicyError: The budget cannot be met; the message says what the least is.
         MissingExtraError: SciPy is not installed.
     """
+    with needs("study", "Search by a programme"):
+        import scipy.optimize  # noqa: F401  # missing, it is to be told before hours of measuring
     folder = _noted(model, policy, out)
-    mark = marker(model, policy, example, include, exclude, None)
-    fitted = on_hull(read_choices(model, mark, images, policy.forms, tell), _FITTED)
-    choices = with_unfitted(fitted, ops)
-    alone = measured_alone(choices, policy.batch, folder, tell)
+    choices, equal = _competing(model, policy, images, ops, example, include, exclude, tell)
+    times = cache(lambda: site_times(choices, policy.batch))
+    alone = measured_alone(choices, times, policy.batch, folder, tell)
     harm = damages_alone(choices, alone)
     bench = _bench(policy, choices, validate, Known(folder), tell)
-    equal = bench.make("equal relative errors", "budget", policy.choose(fitted, tell)[0])
-    places, _ = policy.choose(choices, tell, harm, programme)
-    made = bench.make("measured damage", "sensitivity", places)
-    tried = [equal, made]
+
+    def chosen(damages: Mapping[str, Sequence[float]]) -> Places:
+        """The programme's choice, which with a budget of time depends on what was timed."""
+        ms = times() if policy.unit == "latency" else None
+        return bench.known_places(
+            {"budget": policy.name, "damages": damages},
+            lambda: policy.choose(choices, tell, damages, programme, ms)[0],
+        )
+
+    tried = [] if equal is None else [bench.make("equal relative errors", "budget", equal)]
+    tried.append(bench.make("measured damage", "sensitivity", chosen(harm)))
     best = min(tried, key=_damage)
     for number in range(1, _ROUNDS + 1):
         weights = weights_inside(
-            *(bench.choices, best.places, _points(policy, choices, harm)),
+            *(bench.choices, best.places, policy.points(choices, harm)),
             *(bench.judge, bench.known, tell),
         )
         for trust in _TRUSTS:
@@ -114,7 +126,7 @@ def search(
                 name: [weights[name] ** trust * damage for damage in damages]
                 for name, damages in harm.items()
             }
-            places, _ = policy.choose(choices, tell, weighted, programme)
+            places = chosen(weighted)
             if all(places != made.places for made in tried):
                 tried.append(bench.make(f"repair {number}, trust {trust:g}", "repair", places))
         nearest = min(tried, key=_damage)
@@ -151,7 +163,8 @@ def search_front(
         model: The trained model; left as it is.
         policy: What the result may cost, and so which cost is searched for.
         images: As for `search`.
-        trials: How many networks are made in all, by all processes and earlier runs together.
+        trials: How many trials the study shall have in all, by all processes and earlier runs
+            together. A choice that comes up again is not made again, but counts.
         storage: See `pfsurgery.study.optuna_search.open_study`; by default `optuna.db` in `out`.
         ops: Ops that are not fitted and compete too.
         validate: Accuracy in percent of a model, if labels are at hand; it is only reported.
@@ -167,25 +180,30 @@ def search_front(
         SurgeryError: The storage cannot be opened, or belongs to another search.
         MissingExtraError: Optuna or SciPy is not installed.
     """
+    with needs("study", "Search with Optuna"):
+        import plotly  # noqa: F401  # missing, it is to be told before hours of measuring
     folder = _noted(model, policy, out)
     if storage is None and folder is None:
         raise PolicyError("A search with Optuna needs a place for its trials: give out or storage.")
-    mark = marker(model, policy, example, include, exclude, None)
-    fitted = on_hull(read_choices(model, mark, images, policy.forms, tell), _FITTED)
-    choices = with_unfitted(fitted, ops)
-    study, options = open_study(
-        storage or Path(out or ".") / STORAGE,
-        choices.options,
-        {"unit": policy.unit, "batch": policy.batch, "ops": list(ops)},
-    )
+    choices, _ = _competing(model, policy, images, ops, example, include, exclude, tell)
+    setting = {
+        "model": digest(choices.teacher),
+        "images": digest_of_images(choices),
+        "unit": policy.unit,
+        "batch": policy.batch,
+        "forms": list(policy.forms),
+        "ops": list(ops),
+    }
+    study, options = open_study(storage or Path(out or ".") / STORAGE, choices.options, setting)
     choices = replace(choices, options=options)
-    alone = measured_alone(choices, policy.batch, folder, tell)
+    times = cache(lambda: site_times(choices, policy.batch))
+    alone = measured_alone(choices, times, policy.batch, folder, tell)
     bench = _bench(policy, choices, validate, Known(None), tell)  # the storage knows the trials
     front = explore(
         study,
         options,
         lambda places: _as_outcome(bench.make("tried", "optuna", places)),
-        _solutions(policy, choices, damages_alone(choices, alone)),
+        _solutions(policy, choices, damages_alone(choices, alone), times),
         trials=trials,
     )
     if folder is not None:
@@ -220,6 +238,39 @@ def _noted(model: nn.Module, policy: Budget, out: str | Path | None) -> Path | N
     return Path(out)
 
 
+def _competing(
+    model: nn.Module,
+    policy: Budget,
+    images: Any,
+    ops: Sequence[str],
+    example: Example | None,
+    include: Patterns,
+    exclude: Patterns,
+    tell: Tell,
+) -> tuple[Choices, Places | None]:
+    """The options that compete, and what `budget` would choose, if its forms can meet the budget.
+
+    Raises:
+        PolicyError: There is nothing to choose, or not even all forms can meet it.
+    """
+    mark = marker(model, policy, example, include, exclude, None)
+    choices = read_choices(model, mark, images, policy.forms, tell)
+    if not choices.sites:
+        raise PolicyError(
+            f"No convolution of {type(model).__name__} can be converted, so there is nothing to "
+            f"search; pfsurgery.plan(model, {policy.name}) says why for each."
+        )
+    try:
+        equal, _ = policy.choose(choices, tell)
+    except PolicyError:  # plain ops may be cheaper than what is fitted
+        few = with_unfitted(on_hull(choices, _FITTED, policy.cost), ops)
+        policy.choose(few, tell, {name: [0.0] * len(o) for name, o in few.options.items()})
+        return few, None
+    kept = {name: choices.options[name][place] for name, place in equal.items()}
+    few = with_unfitted(on_hull(choices, _FITTED, policy.cost, kept), ops)
+    return few, {name: few.options[name].index(option) for name, option in kept.items()}
+
+
 def _bench(
     policy: Budget,
     choices: Choices,
@@ -238,27 +289,16 @@ def _damage(made: Made) -> float:
     return made.point.damage
 
 
-def _points(
-    policy: Budget, choices: Choices, harm: Mapping[str, Sequence[float]]
-) -> dict[str, list[tuple[float, float]]]:
-    """Cost and damage of each option; with a budget of time, the cost is in multiply-adds."""
-    return {
-        site.name: [
-            (policy.cost(site, option), damage)
-            for option, damage in zip(choices.options[site.name], harm[site.name], strict=True)
-        ]
-        for site in choices.sites
-    }
-
-
 def _solutions(
-    policy: Budget, choices: Choices, harm: Mapping[str, Sequence[float]]
+    policy: Budget,
+    choices: Choices,
+    harm: Mapping[str, Sequence[float]],
+    times: Callable[[], Mapping[str, Sequence[float]]],
 ) -> list[Places]:
     """The programme's choices at budgets from the least to nearly all of the convolutions' cost."""
-    points = _points(policy, choices, harm)
+    points = policy.points(choices, harm)
     if policy.unit == "latency":
-        times = site_times(choices, policy.batch)
-        points = {name: list(zip(times[name], harm[name], strict=True)) for name in times}
+        points = {name: list(zip(ms, harm[name], strict=True)) for name, ms in times().items()}
     least = sum(min(cost for cost, _ in options) for options in points.values())
     most = sum(options[0][0] for options in points.values())
     return [programme(points, least + (most - least) * i / _SEEDS) for i in range(_SEEDS)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -53,7 +54,8 @@ class Sensitivity:
         top1: Accuracy after the repair in percent, None where no `validate` was given.
         macs: Multiply-adds saved, of one image.
         params: Parameters saved.
-        ms: Time saved, of one batch, measured in the whole network in turns with the original.
+        ms: Time saved, of one batch, measured in the whole network in turns with the original (in
+            a search, of the site alone).
         seconds: Wall-clock time that all options of the site took together.
     """
 
@@ -114,16 +116,17 @@ def sensitivity(
     policy = budget(macs="50%")
     mark = marker(model, policy, example, include, exclude, None)
     choices = read_choices(model, mark, images, policy.forms if fitted else (), tell)
-    rivals = with_unfitted(on_hull(choices, fitted), ops)
+    rivals = with_unfitted(on_hull(choices, fitted, policy.cost), ops)
     if folder is not None and _is_first():
         note_run(folder, "sensitivity", model=model)
     gains = partial(_times_saved, rivals, batch=batch)
-    return ranked(measured(rivals, gains, batch, validate, folder, tell))
+    return ranked(measured(rivals, gains, "whole network", batch, validate, folder, tell))
 
 
 def measured(
     choices: Choices,
     gains: Callable[[Site], Sequence[float]],
+    timed: str,
     batch: int,
     validate: Callable[[nn.Module], float] | None,
     folder: Path | None,
@@ -134,19 +137,29 @@ def measured(
     Args:
         choices: The original and the options of its sites.
         gains: The ms that each option of a site saves, in the order of the options.
+        timed: What `gains` times, in words.
         batch: Images of a batch that `gains` times.
         validate: As for `sensitivity`.
         folder: Run folder, None for none.
         tell: Called with a line of text for each site.
     """
+    wanted = {key for site in choices.sites for key in _labels(choices, site)}
     rows: list[Sensitivity] = []
     write = json_lines(None if folder is None else folder / LINES)
     if folder is not None:
-        setting = {"model": digest(choices.teacher), "batch": batch, "images": _number(choices)}
+        setting = {
+            "model": digest(choices.teacher),
+            "images": digest_of_images(choices),
+            "batch": batch,
+            "timed": timed,
+            "validated": validate is not None,
+        }
         if _is_first():
             check_same(folder / SETTING, setting)
             cut_log(folder / LINES, 0)  # drops what a killed write left of a line
+        _meet()
         rows += read_sensitivity(folder)
+        _meet()  # all processes have read the same, before one of them adds to it
     known = {(row.site, row.op) for row in rows}
     left = [site for site in choices.sites if not _labels(choices, site) <= known]
     judge, seen = judge_of(choices), seen_of(choices)
@@ -160,11 +173,22 @@ def measured(
         for line in lines:
             write(asdict(line))
         tell(f"{site.name}: {_summary(lines)}")
-    return _all_rows(rows, folder)
+    latest = {(row.site, row.op): row for row in _all_rows(rows, folder)}
+    return tuple(row for key, row in latest.items() if key in wanted)
 
 
-def _number(choices: Choices) -> int:
-    return sum(len(batch) for batch in (*choices.batches, *choices.judges))
+def digest_of_images(choices: Choices) -> str:
+    """Of all images that are fitted to or judged by, in 16 hexadecimal digits."""
+    found = hashlib.sha256()
+    for batch in (*choices.batches, *choices.judges):
+        found.update(batch.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def _meet() -> None:
+    state = join_processes()
+    if state is not None:
+        state.wait_for_everyone()
 
 
 def _labels(choices: Choices, site: Site) -> set[tuple[str, str]]:
@@ -185,7 +209,7 @@ def _measure(
 ) -> list[Sensitivity]:
     started = time.perf_counter()
     options = [option for option in choices.options[site.name] if option is not None]
-    harm = damages(choices, choices.teacher, site, options, measure, seen)
+    harm = damages(choices, site, options, measure, seen)
     saved = gains(site)
     seconds = round(time.perf_counter() - started, 3)
     lines = []
