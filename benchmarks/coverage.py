@@ -8,8 +8,9 @@ built for real) and run on one image of their own size. For each: sites found, c
 count of the convolution calls that PyTorch's dispatcher sees; what `maxpool_all` converts, why the
 rest is kept, whether outputs keep their shapes and exactly the replaced convolutions are gone; and
 what `maxpool_deep`, which does the same to fewer of these sites, would convert. A model takes one
-line of the state file, so a run that was stopped goes on where it was. At the end, the result file
-and docs/coverage.md are written, from all lines in the state file; `--report` does that alone.
+line of the state file, so a run that was stopped goes on where it was (without the file, from the
+result file). At the end, the result file and docs/coverage.md are written, from all lines in the
+state file; `--report` does that alone.
 
 `--real` runs, for the smallest model of each family in the state file of which `maxpool_all`
 converts something, a forward and a backward pass with real weights: see coverage_real.py.
@@ -36,7 +37,7 @@ from typing import Any
 import torch
 from coverage_models import NotBuilt, build, catalogue, family, short
 from coverage_real import run_for_real, smallest
-from coverage_report import write_report
+from coverage_report import RESULT, write_report
 from machine import describe
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -236,7 +237,12 @@ def _add(row: dict[str, Any], done: dict[str, dict[str, Any]]) -> None:
 
 
 def _read(state: Path) -> dict[str, dict[str, Any]]:
+    """The rows of the state file; without one, those of the results, if versions are the same."""
     done: dict[str, dict[str, Any]] = {}
+    if not state.is_file() and RESULT.is_file():
+        results = json.loads(RESULT.read_text(encoding="utf-8"))
+        if results["machine"]["versions"] == _versions():
+            state.write_text("".join(json.dumps(row) + "\n" for row in results["models"]))
     for line in state.read_text().splitlines() if state.is_file() else []:
         _add(json.loads(line), done)
     return done

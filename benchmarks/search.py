@@ -48,6 +48,7 @@ RIVALS = {
 BUDGETS = {"basic": 9.6, "bottleneck": 18.5, "depthwise": 3.0}  # millions of multiply-adds
 POLICIES = ("maxpool_deep", "maxpool_all", "avgpool_all")
 DRAWS = 20
+ON_THE_WAY = "on the way, fitted to half of the images"
 Row = dict[str, object]
 Point = tuple[float, float]
 
@@ -205,15 +206,15 @@ def draw(path: Path) -> None:
             continue
         name = str(row["name"])
         label = "random forms" if name.startswith("random ") else name
-        if row.get("origin") == "repair":
+        if row.get("chosen"):
             label = "search"
-        elif row.get("origin") == "sensitivity":
-            label = "measured damage, not repaired"
+        elif row.get("origin"):
+            label = ON_THE_WAY
         groups.setdefault(label, []).append((row["mmacs"], row["top1"]))
     figure = Figure(figsize=(8.4, 5.0), dpi=180, layout="constrained")
     axes = figure.subplots()
     for label, points in groups.items():
-        style = "." if label == "random forms" else "o-"
+        style = "." if label in ("random forms", ON_THE_WAY) else "o-"
         axes.plot(*zip(*sorted(points), strict=True), style, label=label, alpha=0.85)
     axes.axhline(content["base_top1"], color="#222222", linewidth=1, linestyle=(0, (4, 3)))
     axes.set_xlabel("multiply-adds of one image (millions)")
