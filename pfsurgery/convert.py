@@ -10,7 +10,13 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from pfsurgery.errors import NoEffectWarning, PolicyError, ShapeError, SurgeryError
+from pfsurgery.errors import (
+    NoEffectWarning,
+    PolicyError,
+    ShapeError,
+    SurgeryError,
+    UnsupportedSiteError,
+)
 from pfsurgery.example import Example, example_inputs
 from pfsurgery.graph import dry_run
 from pfsurgery.modularise import modularise
@@ -198,8 +204,17 @@ def _check(model: nn.Module, chosen: Plan, example: Example | None) -> None:
         return
     inputs = example_inputs(model, example)
     model = modularise(model)
+    ran: set[nn.Module] = set()
+    made: dict[str, nn.Module] = {}
+
+    def edit(shadow: nn.Module) -> None:
+        apply_plan(shadow, chosen.replaced)
+        made.update({d.site.name: shadow.get_submodule(d.site.name) for d in chosen.replaced})
+        for module in made.values():  # hooks are shared with what was replaced, see `_inherit`
+            module.register_forward_hook(lambda module, *_: ran.add(module))
+
     try:
-        after, by_value = dry_run(model, inputs, lambda shadow: apply_plan(shadow, chosen.replaced))
+        after, by_value = dry_run(model, inputs, edit)
     except ShapeError as error:
         dry_run(model, inputs)  # raises the error of a model that does not run as it is either
         raise ShapeError(
@@ -209,6 +224,13 @@ def _check(model: nn.Module, chosen: Plan, example: Example | None) -> None:
         ) from error
     if by_value:
         return
+    idle = [name for name, module in made.items() if module not in ran]
+    if idle:
+        raise UnsupportedSiteError(
+            f"{', '.join(idle)}: the code of {type(model).__name__} would still run the "
+            f"convolution, which it also holds elsewhere than there. Exclude these sites; the "
+            f"model was not changed."
+        )
     before, _ = dry_run(model, inputs)
     if before != after:
         raise ShapeError(

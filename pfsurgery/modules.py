@@ -28,9 +28,22 @@ def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
     Raises:
         RecordMismatchError: There is no module at `path`.
     """
-    get_module(model, path)
+    old = get_module(model, path)
     parent_path, _, name = path.rpartition(".")
-    get_module(model, parent_path)._modules[name] = module
+    parent = get_module(model, parent_path)
+    parent._modules[name] = module
+    _replace_in_containers(parent, old, module)
+
+
+def _replace_in_containers(parent: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Replace a module in plain lists and the like: some models run the layers in such a one."""
+    for key, value in vars(parent).items():
+        if type(value) is list:
+            value[:] = [new if item is old else item for item in value]
+        elif type(value) is tuple:
+            parent.__dict__[key] = tuple(new if item is old else item for item in value)
+        elif type(value) is dict and key != "_modules":
+            value.update({name: new for name, item in value.items() if item is old})
 
 
 def is_watched(module: nn.Module) -> bool:

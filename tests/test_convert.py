@@ -165,6 +165,57 @@ def test_an_alias_stays_one_module():
     assert fast.dense[0] is fast.again[0]
 
 
+class Listed(nn.Module):
+    """Runs its layers from a plain container, as Hugging Face's MaskFormer does."""
+
+    def __init__(self, container: type) -> None:
+        super().__init__()
+        self.stem = zoo.conv_norm_act(3, 8)
+        layers = [nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)]
+        for place, layer in enumerate(layers):
+            self.add_module(str(place), layer)
+        self.layers = dict(enumerate(layers)) if container is dict else container(layers)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for layer in self.layers.values() if isinstance(self.layers, dict) else self.layers:
+            x = layer(x)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("container", [list, tuple, dict])
+def test_layers_in_a_plain_container_are_replaced_there_too(container):
+    model = Listed(container).eval()
+    fast = convert(model, "maxpool_all", example=zoo.EXAMPLE)
+    assert [d.site.name for d in record(fast).plans[-1].replaced] == ["0"]
+    first = next(iter(fast.layers.values())) if container is dict else fast.layers[0]
+    assert first is fast.get_submodule("0")
+    assert not isinstance(first, nn.Conv2d)
+    assert count(fast, zoo.EXAMPLE).macs < count(model, zoo.EXAMPLE).macs
+
+
+class Nested(Listed):
+    """Runs its layers from a container within a container, which surgery does not look into."""
+
+    def __init__(self) -> None:
+        super().__init__(list)
+        self.layers = [[layer] for layer in self.layers]
+
+    def forward(self, x):
+        x = self.stem(x)
+        for (layer,) in self.layers:
+            x = layer(x)
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_convolution_that_is_run_from_elsewhere_is_refused():
+    model = Nested().eval()
+    with pytest.raises(UnsupportedSiteError, match="0: the code of Nested would still run"):
+        convert_(model, "maxpool_all", example=zoo.EXAMPLE)
+    assert isinstance(model.get_submodule("0"), nn.Conv2d)
+
+
 def test_channels_that_change_get_a_pointwise_convolution_that_is_named():
     model = zoo.Plain()
     chosen = plan(model, "maxpool_all", example=zoo.EXAMPLE)
