@@ -26,6 +26,7 @@ from pfsurgery.run_folder import read_run
 from pfsurgery.study.known import LINES as NETWORKS
 from pfsurgery.study.optuna_search import explore, open_study
 from pfsurgery.study.programme import programme
+from pfsurgery.study.same import digest_of_images
 from pfsurgery.study.search import search_front
 from pfsurgery.study.sensitivity import LINES, read_sensitivity
 from tests import zoo
@@ -151,6 +152,14 @@ def test_a_search_is_within_budget_and_no_further_off_than_equal_errors(images, 
     assert after[: len(lines) - 2] == lines[:-2]
     known = [json.loads(line)["what"] for line in after]
     assert known == [json.loads(line)["what"] for line in lines], "nothing is measured twice"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_images_are_known_again_in_any_dtype_and_layout(images, dtype):
+    batch = images[0].to(dtype)
+    known = digest_of_images([batch])
+    assert known == digest_of_images([batch.contiguous(memory_format=torch.channels_last)])
+    assert known != digest_of_images([batch.flip(0)])
 
 
 def test_a_search_needs_something_to_choose(images):

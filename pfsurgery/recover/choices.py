@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -146,7 +145,7 @@ def halved(choices: Choices) -> Choices:
     little of how far it is elsewhere.
     """
     batches, judges = hold_out(choices.batches, every=2)
-    if len(batches) == len(judges) and all(map(operator.is_, batches, judges)):
+    if batches[0] is judges[0]:  # too few
         return choices
     batches = in_fast_layout(choices.teacher, batches)
     return replace(choices, batches=batches, judges=[*judges, *choices.judges])

@@ -136,11 +136,11 @@ def train_epoch(
     """
     run.objective.student.train()
     window = LossWindow(run, at, show)
+    frozen = round(run.config.freeze * run.total)
     batches = read(run.batches.start(at.epoch, at.batch)) if at.step < run.total else ()
     for group in _grouped(batches, run.config.accumulate, rest=at.batch == 0):
         if run.ramp is not None:
             run.ramp.at(at.step)
-        frozen = round(run.config.freeze * run.total)
         at.lr = set_rate(run.optimizer, run.scheduler, at.step, at.lr_factor, frozen)
         loss = train_step(run, group, at.step)
         at.step, at.batch = at.step + 1, at.batch + len(group)

@@ -43,11 +43,10 @@ def finetune(
 
     The loss is `(1 - kd_weight) * cross-entropy + kd_weight * KL` (see
     `pfsurgery.recover.distill`), plus `match_weight` times the error of changed blocks and
-    `stage_weight` times that of the stages. Accelerate
-    chooses the device (CUDA when there is one) and spreads the images over the processes of
-    `accelerate launch` or `torchrun`; several processes see in each step what one process with a
-    batch as large as theirs together would see. Optimiser and schedule are timm's. Convert before
-    you call this: the optimiser is made here.
+    `stage_weight` times that of the stages. Accelerate chooses the device (CUDA when there is one)
+    and spreads the images over the processes of `accelerate launch` or `torchrun`; several
+    processes see in each step what one process with a batch as large as theirs together would see.
+    Optimiser and schedule are timm's. Convert before you call this: the optimiser is made here.
 
     Afterwards the model holds the weights of the last step, or their moving average (the best ones
     are in `out`; with `max_drop` it holds these), stays on the device where it was trained, and has

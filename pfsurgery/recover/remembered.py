@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pfsurgery.batches import split_batch
+from pfsurgery.digests import tensor_bytes
 
 _MOST = 1 << 30  # bytes of logits
 
@@ -48,5 +49,4 @@ class RememberedLogits:
 
 
 def _digest(image: Tensor) -> bytes:
-    flat = image.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.blake2b(flat.numpy().tobytes(), digest_size=16).digest()
+    return hashlib.blake2b(tensor_bytes(image), digest_size=16).digest()

@@ -54,32 +54,26 @@ def weights_inside(
     before, waiting = copy.deepcopy(choices.teacher), list[Site]()
     weights: list[float | None] = []
 
-    def measure(number: int) -> list[float]:
-        """The damage of the cheaper and of the better network."""
+    def measure(number: int, *changes: Places) -> list[float]:
+        """The damage of the network with each of the changes to a run."""
         edit(choices, before, waiting, places)
         waiting.clear()
-        run = runs[number]
         behind = [site for later in runs[number:] for site in later]
-        return [
-            _damage(choices, before, behind, places | changed, judge)
-            for changed in (
-                {site.name: steps[site.name].cheaper for site in run},
-                {site.name: steps[site.name].better for site in run},
-            )
-        ]
+        return [_damage(choices, before, behind, places | changed, judge) for changed in changes]
 
     looked_at = named_options(choices, places)
     for number, run in enumerate(tracked(runs, "measuring sites inside")):
         alone, weight = sum(steps[site.name].damage for site in run), None
         if alone > 0:
-            beside = {site.name: steps[site.name] for site in run}
+            cheaper = {site.name: steps[site.name].cheaper for site in run}
+            better = {site.name: steps[site.name].better for site in run}
             what = {
                 "inside": looked_at,
-                "cheaper": named_options(choices, {n: s.cheaper for n, s in beside.items()}),
-                "better": named_options(choices, {n: s.better for n, s in beside.items()}),
+                "cheaper": named_options(choices, cheaper),
+                "better": named_options(choices, better),
             }
-            cheaper, better = known.measured(what, partial(measure, number))
-            weight = (cheaper - better) / alone
+            worst, best = known.measured(what, partial(measure, number, cheaper, better))
+            weight = (worst - best) / alone
             tell(f"{run[0].name} to {run[-1].name}: {weight:.3g} of what they do alone")
         weights.append(weight)
         waiting += run

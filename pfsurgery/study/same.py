@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from pfsurgery.digests import tensor_bytes
 from pfsurgery.errors import TrainingError
 from pfsurgery.run_folder import read_json, write_json
 
@@ -47,6 +47,13 @@ def digest(model: nn.Module) -> str:
     for name, value in model.state_dict().items():
         found.update(name.encode())
         if isinstance(value, Tensor):
-            flat = value.detach().cpu().contiguous().reshape(-1)
-            found.update(flat.view(torch.uint8).numpy().tobytes())
+            found.update(tensor_bytes(value))
+    return found.hexdigest()[:16]
+
+
+def digest_of_images(batches: Iterable[Tensor]) -> str:
+    """Of images (N, C, H, W), one batch each, in 16 hexadecimal digits."""
+    found = hashlib.sha256()
+    for batch in batches:
+        found.update(tensor_bytes(batch))
     return found.hexdigest()[:16]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,7 @@ from pfsurgery.study.optuna_search import (
     open_study,
 )
 from pfsurgery.study.programme import programme
-from pfsurgery.study.same import digest
-from pfsurgery.study.sensitivity import digest_of_images
+from pfsurgery.study.same import digest, digest_of_images
 
 OPS = ("max_pool", "avg_pool")
 _FITTED = 12  # bottlenecks of a site that compete
@@ -97,13 +97,13 @@ def search(
         MissingExtraError: SciPy is not installed.
     """
     with needs("study", "Search by a programme"):
-        import scipy.optimize  # noqa: F401  # missing, it is to be told before hours of measuring
+        import_module("scipy.optimize")  # missing, it is told before hours of measuring
     folder = _noted(model, policy, out)
     choices, equal = _competing(model, policy, images, ops, example, include, exclude, tell)
     times = cache(lambda: site_times(choices, policy.batch))
     alone = measured_alone(choices, times, policy.batch, folder, tell)
     harm = damages_alone(choices, alone)
-    bench = _bench(policy, choices, validate, Known(folder), tell)
+    bench = Bench(halved(choices), validate, policy.batch, policy.unit, Known(folder), tell)
 
     def chosen(damages: Mapping[str, Sequence[float]]) -> Places:
         """The programme's choice, which with a budget of time depends on what was timed."""
@@ -181,14 +181,14 @@ def search_front(
         MissingExtraError: Optuna or SciPy is not installed.
     """
     with needs("study", "Search with Optuna"):
-        import plotly  # noqa: F401  # missing, it is to be told before hours of measuring
+        import_module("plotly")  # missing, it is told before hours of measuring
     folder = _noted(model, policy, out)
     if storage is None and folder is None:
         raise PolicyError("A search with Optuna needs a place for its trials: give out or storage.")
     choices, _ = _competing(model, policy, images, ops, example, include, exclude, tell)
     setting = {
         "model": digest(choices.teacher),
-        "images": digest_of_images(choices),
+        "images": digest_of_images([*choices.batches, *choices.judges]),
         "unit": policy.unit,
         "batch": policy.batch,
         "forms": list(policy.forms),
@@ -198,7 +198,8 @@ def search_front(
     choices = replace(choices, options=options)
     times = cache(lambda: site_times(choices, policy.batch))
     alone = measured_alone(choices, times, policy.batch, folder, tell)
-    bench = _bench(policy, choices, validate, Known(None), tell)  # the storage knows the trials
+    known = Known(None)  # the storage knows the trials
+    bench = Bench(halved(choices), validate, policy.batch, policy.unit, known, tell)
     front = explore(
         study,
         options,
@@ -269,16 +270,6 @@ def _competing(
     kept = {name: choices.options[name][place] for name, place in equal.items()}
     few = with_unfitted(on_hull(choices, _FITTED, policy.cost, kept), ops)
     return few, {name: few.options[name].index(option) for name, option in kept.items()}
-
-
-def _bench(
-    policy: Budget,
-    choices: Choices,
-    validate: Callable[[nn.Module], float] | None,
-    known: Known,
-    tell: Tell,
-) -> Bench:
-    return Bench(halved(choices), validate, policy.batch, policy.unit, known, tell)
 
 
 def _as_outcome(made: Made) -> Outcome:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -32,7 +31,7 @@ from pfsurgery.select import Patterns
 from pfsurgery.sites import Site
 from pfsurgery.study.competitors import on_hull, with_unfitted
 from pfsurgery.study.damage import damages, judge_of, seen_of
-from pfsurgery.study.same import SETTING, check_same, digest
+from pfsurgery.study.same import SETTING, check_same, digest, digest_of_images
 
 LINES = "sensitivity.jsonl"
 OPS = ("max_pool", "avg_pool", "shift", "identity")
@@ -149,7 +148,7 @@ def measured(
     if folder is not None:
         setting = {
             "model": digest(choices.teacher),
-            "images": digest_of_images(choices),
+            "images": digest_of_images([*choices.batches, *choices.judges]),
             "batch": batch,
             "timed": timed,
             "validated": validate is not None,
@@ -175,14 +174,6 @@ def measured(
         tell(f"{site.name}: {_summary(lines)}")
     latest = {(row.site, row.op): row for row in _all_rows(rows, folder)}
     return tuple(row for key, row in latest.items() if key in wanted)
-
-
-def digest_of_images(choices: Choices) -> str:
-    """Of all images that are fitted to or judged by, in 16 hexadecimal digits."""
-    found = hashlib.sha256()
-    for batch in (*choices.batches, *choices.judges):
-        found.update(batch.detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()[:16]
 
 
 def _meet() -> None:
