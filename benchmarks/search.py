@@ -5,7 +5,7 @@
 
 All choices start from the same trained network and are fitted to the same unlabelled training
 images, without a gradient step: `search` itself (with every network that it makes on the way),
-forms drawn at random within the budget, the named policies, refitted, and two rivals of the
+forms drawn at random until the budget is spent, the named policies, refitted, and two rivals of the
 recovery benchmark. Accuracy is counted on the validation images, which no choice sees, but for
 pruning, whose setting is chosen on them. Each row is written as soon as it is there, and rows that
 are there are not made again. Accuracies do not depend on the load of the machine; ms do.
@@ -158,15 +158,24 @@ def drawn_at_random(bench: Bench, budget: float, draws: int) -> None:
     )
 
     def pick(options: Mapping[str, Sequence[Point]], allowed: float, seed: int) -> dict[str, int]:
-        """Sites in random order take a random form among those that leave enough for the rest."""
+        """Sites in random order take a random form of what is left, until no site can take more."""
         chance = random.Random(seed)
-        left = allowed - sum(min(points)[0] for points in options.values())
-        places = {}
-        for name in chance.sample(sorted(options), len(options)):
-            least = min(options[name])[0]
-            fits = [i for i, (cost, _) in enumerate(options[name]) if cost - least <= left]
-            places[name] = chance.choice(fits)
-            left -= options[name][places[name]][0] - least
+        places = {name: points.index(min(points)) for name, points in options.items()}
+        left = allowed - sum(options[name][place][0] for name, place in places.items())
+        could = True
+        while could:
+            could = False
+            for name in chance.sample(sorted(options), len(options)):
+                cost = options[name][places[name]][0]
+                dearer = [
+                    place
+                    for place, (other, _) in enumerate(options[name])
+                    if cost < other <= cost + left
+                ]
+                if dearer:
+                    could = True
+                    places[name] = chance.choice(dearer)
+                    left -= options[name][places[name]][0] - cost
         return places
 
     for seed in range(draws):
