@@ -44,9 +44,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pfsurgery
 from pfsurgery.errors import NoEffectWarning, NoSitesError
-from pfsurgery.graph import ByShape, described
 from pfsurgery.plan import make_plan
 from pfsurgery.policy import get_policy
+from pfsurgery.shadow import ByShape, described
 from pfsurgery.sites import Site
 
 if __name__ == "coverage":  # as numba asks for the package of this name from a script beside it

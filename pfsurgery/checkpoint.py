@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from pfsurgery.base import Base, base_of, set_base
 from pfsurgery.errors import PolicyError, RecordMismatchError, SurgeryError, closest
 from pfsurgery.files import write_atomically
-from pfsurgery.graph import shadow_of
 from pfsurgery.modularise import modularise
 from pfsurgery.record import Record, has_record, record, remember
 from pfsurgery.rewrite import Undo, apply_plan, undo
+from pfsurgery.shadow import on_meta
 from pfsurgery.sites import class_name
 
 CONFIG = "config.json"
@@ -173,7 +173,7 @@ def _shadow_base(
         with suppress(NotImplementedError):
             return _named_base(content, directory)
         return None
-    return shadow_of(given, lambda tensor: torch.empty_like(tensor, device="meta"))
+    return on_meta(given)
 
 
 def _fetched(directory: str | Path) -> Path:

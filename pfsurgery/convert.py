@@ -18,7 +18,6 @@ from pfsurgery.errors import (
     UnsupportedSiteError,
 )
 from pfsurgery.example import Example, example_inputs
-from pfsurgery.graph import dry_run
 from pfsurgery.modularise import modularise
 from pfsurgery.plan import Mixing, Plan, make_plan
 from pfsurgery.policy import DataPolicy, DevicePolicy, PolicyLike, Tell, get_policy
@@ -26,6 +25,7 @@ from pfsurgery.record import remember
 from pfsurgery.rewrite import apply_plan
 from pfsurgery.scan import refuse_wrapped, scan
 from pfsurgery.select import Patterns, Where
+from pfsurgery.shadow import dry_run
 
 Model = TypeVar("Model", bound=nn.Module)
 

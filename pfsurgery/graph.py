@@ -8,22 +8,20 @@ never touches the caller's model: what runs is a shadow that shares its structur
 
 from __future__ import annotations
 
-import copy
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from pfsurgery.errors import ShapeError, SurgeryError
+from pfsurgery.shadow import on_shadow
 from pfsurgery.sites import convolves
 
 _CONVOLUTIONS = {
@@ -35,21 +33,6 @@ _EXPORTED = {
     *("conv1d", "conv2d", "conv3d", "convolution"),
     *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
 }
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-)
-
-Result = TypeVar("Result")
-
-# Set by transformers on a model that has run: the hooks which collect its hidden states are in
-# place. A shadow, whose hooks are gone, has to set them up again.
-_HOOKED = "_output_capturing_hooks_installed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,159 +117,7 @@ def view(model: nn.Module, example: tuple[Any, ...]) -> GraphView:
     Raises:
         ShapeError: The model cannot run on the example.
     """
-    return _on_shadow(model, example, _record)[0]
-
-
-def dry_run(
-    model: nn.Module,
-    example: tuple[Any, ...],
-    edit: Callable[[nn.Module], object] = lambda shadow: None,
-) -> tuple[Any, bool]:
-    """What `model` would return, by one eval-mode forward pass without real data.
-
-    Args:
-        model: The model; it is left alone.
-        example: Its positional arguments.
-        edit: Changes the shadow before it runs, to see what a conversion would do.
-
-    Returns:
-        What it returns, with a (shape, dtype) in place of each tensor, and whether it had to run on
-        real values, so that shapes may depend on them.
-
-    Raises:
-        SurgeryError: `edit` raised it.
-        ShapeError: The model cannot run on the example.
-    """
-
-    def run(shadow: nn.Module, inputs: tuple[Any, ...]) -> Any:
-        edit(shadow)
-        return described(shadow(*inputs))
-
-    return _on_shadow(model, example, run)
-
-
-def _on_shadow(
-    model: nn.Module,
-    example: tuple[Any, ...],
-    work: Callable[[nn.Module, tuple[Any, ...]], Result],
-) -> tuple[Result, bool]:
-    """What `work` does with a shadow of `model` and its inputs, and whether these were real.
-
-    Tries tensors without storage first and the real ones last, for a model whose control flow
-    depends on values.
-    """
-    failure: Exception | None = None
-    for make in (_meta_shadow, _fake_shadow, _real_shadow):
-        try:
-            shadow, convert, context = make(model)
-            with context, torch.no_grad(), torch.random.fork_rng(), ByShape():
-                inputs = tree_map_only(Tensor, convert, example)
-                return work(shadow, inputs), make is _real_shadow
-        except SurgeryError:
-            raise
-        except Exception as error:
-            failure = error
-    shapes = [tuple(leaf.shape) for leaf in tree_leaves(example) if isinstance(leaf, Tensor)]
-    raise ShapeError(
-        f"{type(model).__name__} cannot run on an example of shape {_listed(shapes)}: {failure} "
-        f"Pass example= with an input that the model takes."
-    ) from failure
-
-
-class ByShape(TorchFunctionMode):
-    """Batch norms and LSTMs of tensors without storage by shapes alone: torch's way is slow."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if func is nn.functional.batch_norm and args[0].is_meta:
-            return torch.empty_like(args[0])
-        if func == torch.lstm and args[0].is_meta and isinstance(args[1], list | tuple):
-            directions = 1 + args[7]
-            shape = (*args[0].shape[:-1], directions * args[1][0].shape[-1])
-            return args[0].new_empty(shape), *args[1]
-        return func(*args, **(kwargs or {}))
-
-
-def _listed(shapes: list[tuple[int, ...]]) -> str:
-    return ", ".join(str(shape) for shape in shapes) or "(no tensor)"
-
-
-Shadow = tuple[nn.Module, Callable[[Tensor], Tensor], Any]
-
-
-def _meta_shadow(model: nn.Module) -> Shadow:
-    def convert(tensor: Tensor) -> Tensor:
-        return torch.empty_like(tensor, device="meta")
-
-    return shadow_of(model, convert), convert, nullcontext()
-
-
-def _fake_shadow(model: nn.Module) -> Shadow:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-
-    def convert(tensor: Tensor) -> Tensor:
-        return mode.from_tensor(tensor)
-
-    return shadow_of(model, convert), convert, _quietly(mode)
-
-
-@contextmanager
-def _quietly(mode: Any) -> Iterator[None]:
-    """Run in a fake-tensor mode that does not log the failures which `view` handles."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        with mode:
-            yield
-    finally:
-        log.setLevel(level)
-
-
-def _real_shadow(model: nn.Module) -> Shadow:
-    """Shares the parameters, which a forward pass does not change, and copies all else."""
-    pointers = {parameter.data_ptr() for parameter in model.parameters()}
-
-    def convert(tensor: Tensor) -> Tensor:
-        return tensor if tensor.data_ptr() in pointers else tensor.clone()
-
-    return shadow_of(model, convert), Tensor.clone, nullcontext()
-
-
-def shadow_of(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A copy of `model`'s structure in eval mode, without hooks, its tensors replaced by `convert`.
-
-    The deep copy never reaches a tensor: all of them are in its memo beforehand.
-    """
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for tensor in _tensors_of(module):
-            if id(tensor) in memo:
-                continue
-            converted = convert(tensor.detach())
-            if isinstance(tensor, nn.Parameter):
-                converted = nn.Parameter(converted, requires_grad=False)
-            memo[id(tensor)] = converted
-    shadow = copy.deepcopy(model, memo)
-    for module in shadow.modules():
-        for hooks in _HOOKS:
-            getattr(module, hooks, {}).clear()
-        module.__dict__.pop(_HOOKED, None)
-    return shadow.eval()
-
-
-def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    for values in (module._parameters, module._buffers, module.__dict__):
-        for value in values.values():
-            if isinstance(value, Tensor):
-                yield value
+    return on_shadow(model, example, _record)[0]
 
 
 def tensors_in(value: Any, depth: int = 3) -> list[Tensor]:
@@ -298,19 +129,6 @@ def tensors_in(value: Any, depth: int = 3) -> list[Tensor]:
         elif depth and hasattr(leaf, "__dict__") and not isinstance(leaf, type | nn.Module):
             found += tensors_in(list(vars(leaf).values()), depth - 1)
     return found
-
-
-def described(value: Any) -> Any:
-    """`value` with a (shape, dtype) in place of each tensor, and objects by class and fields."""
-    if isinstance(value, Tensor):
-        return tuple(value.shape), value.dtype
-    if isinstance(value, dict):
-        return {key: described(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [type(value).__name__, *(described(item) for item in value)]
-    if hasattr(value, "__dict__"):
-        return [type(value).__name__, {key: described(item) for key, item in vars(value).items()}]
-    return type(value).__name__
 
 
 def is_norm(module: nn.Module) -> bool:

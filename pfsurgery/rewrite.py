@@ -15,17 +15,8 @@ from pfsurgery.ops import get_op
 from pfsurgery.ops.bottleneck import fitted_module
 from pfsurgery.ops.eff_attention import EffAttention
 from pfsurgery.plan import Decision
+from pfsurgery.shadow import HOOKS, on_meta
 from pfsurgery.sites import CONVOLUTIONS, AttentionGeometry, Convolution, geometry_of
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 
 _GEOMETRY = (
     "in_channels",
@@ -197,7 +188,7 @@ def _inherit(new: nn.Module, old: nn.Module) -> None:
     for name in _GEOMETRY if isinstance(old, Convolution) else _HEADS:
         if not hasattr(new, name) and hasattr(old, name):
             setattr(new, name, getattr(old, name))
-    for hooks in _HOOKS:
+    for hooks in HOOKS:
         setattr(new, hooks, getattr(old, hooks))
 
 
@@ -205,16 +196,10 @@ def _check_shape(decision: Decision, new: nn.Module) -> None:
     site = decision.site
     source = torch.empty(site.input_shape, device="meta")
     with torch.no_grad():
-        made = _on_meta(new)(source)
+        made = on_meta(new)(source)
     shape = tuple((made[0] if isinstance(made, tuple) else made).shape)
     if shape != site.output_shape:
         raise UnsupportedSiteError(
             f"{decision.label} at {site.name} gives {shape} where the original gives "
             f"{site.output_shape}. Keep the site, or choose another op."
         )
-
-
-def _on_meta(module: nn.Module) -> nn.Module:
-    from pfsurgery.graph import shadow_of
-
-    return shadow_of(module, lambda tensor: torch.empty_like(tensor, device="meta"))
