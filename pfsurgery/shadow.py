@@ -107,7 +107,7 @@ def described(value: Any) -> Any:
 
 
 class ByShape(TorchFunctionMode):
-    """Batch norms and LSTMs of tensors without storage by shapes alone: torch's way is slow."""
+    """Norms and LSTMs of tensors without storage by shapes alone: torch's way is slow."""
 
     def __torch_function__(
         self,
@@ -118,6 +118,10 @@ class ByShape(TorchFunctionMode):
     ) -> Any:
         if func is nn.functional.batch_norm and args[0].is_meta:
             return torch.empty_like(args[0])
+        if func is nn.functional.layer_norm and args[0].is_meta:
+            normalized = tuple(args[1])
+            if tuple(args[0].shape[-len(normalized) :]) == normalized:
+                return torch.empty_like(args[0], memory_format=torch.contiguous_format)
         if func == torch.lstm and args[0].is_meta and isinstance(args[1], list | tuple):
             directions = 1 + args[7]
             shape = (*args[0].shape[:-1], directions * args[1][0].shape[-1])
