@@ -30,6 +30,12 @@ HOOKS = (
     "_forward_hooks_always_called",
 )
 
+_ACTIVATIONS = {
+    *(nn.functional.relu, nn.functional.relu6, nn.functional.leaky_relu, nn.functional.elu),
+    *(nn.functional.gelu, nn.functional.mish, nn.functional.softplus),
+    *(nn.functional.hardswish, nn.functional.hardsigmoid),
+}
+
 Result = TypeVar("Result")
 
 # Set by transformers on a model that has run: the hooks which collect its hidden states are in
@@ -107,7 +113,10 @@ def described(value: Any) -> Any:
 
 
 class ByShape(TorchFunctionMode):
-    """Norms and LSTMs of tensors without storage by shapes alone: torch's way is slow."""
+    """Activations, norms and LSTMs of tensors without storage by shapes alone.
+
+    PyTorch finds these shapes by Python code that takes a millisecond or more for each call.
+    """
 
     def __torch_function__(
         self,
@@ -116,17 +125,22 @@ class ByShape(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func is nn.functional.batch_norm and args[0].is_meta:
+        kwargs = kwargs or {}
+        if not args or not isinstance(args[0], Tensor) or not args[0].is_meta:
+            return func(*args, **kwargs)
+        if func in _ACTIVATIONS:
+            return args[0] if kwargs.get("inplace") else torch.empty_like(args[0])
+        if func is nn.functional.batch_norm:
             return torch.empty_like(args[0])
-        if func is nn.functional.layer_norm and args[0].is_meta:
+        if func is nn.functional.layer_norm:
             normalized = tuple(args[1])
             if tuple(args[0].shape[-len(normalized) :]) == normalized:
                 return torch.empty_like(args[0], memory_format=torch.contiguous_format)
-        if func == torch.lstm and args[0].is_meta and isinstance(args[1], list | tuple):
+        if func == torch.lstm and isinstance(args[1], list | tuple):
             directions = 1 + args[7]
             shape = (*args[0].shape[:-1], directions * args[1][0].shape[-1])
             return args[0].new_empty(shape), *args[1]
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def _listed(shapes: list[tuple[int, ...]]) -> str:
