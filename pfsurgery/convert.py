@@ -97,6 +97,7 @@ def convert(
         fitted, carried_out = policy.convert(model, marked, images, tell)
         remember(fitted, carried_out)
         return cast(Model, fitted)
+    _refuse_images(images)
     chosen = _as_plan(model, policy, example, include, exclude, where, mixing)
     _check(model, chosen, example)
     with torch.inference_mode(False):
@@ -133,10 +134,19 @@ def convert_(
         _apply(model, carried_out)
         model.load_state_dict(fitted.state_dict())
         return model
+    _refuse_images(images)
     chosen = _as_plan(model, policy, example, include, exclude, where, mixing)
     _check(model, chosen, example)
     with torch.inference_mode(False):
         return _apply(model, chosen)
+
+
+def _refuse_images(images: Any) -> None:
+    if images is not None:
+        raise PolicyError(
+            "images are for policies that are fitted to them (budget, bare). To win accuracy back "
+            "after another one, use pfsurgery.reconstruct(converted, original, images)."
+        )
 
 
 def _refuse_mixing(mixing: Mixing) -> None:

@@ -192,8 +192,7 @@ def open_part(
     Args:
         source: As for `open_data`. Of a folder or tar file without such a part, all images.
         model: As for `open_data`.
-        training_part: The training part if true, the validation part otherwise (always this one
-            for names and `digits`).
+        training_part: The training part if true, the validation part otherwise.
         labelled: If not, images need no class folders and the number of classes is not checked.
         batch_size: Images in a batch.
         augmentation: If given, the images are shuffled and augmented, for training.
@@ -201,11 +200,20 @@ def open_part(
     Raises:
         DataError: As for `open_data`.
     """
-    if _is_named(source) or str(source) == "digits":
-        return open_data(source, model, batch_size=batch_size).val
-    config = _data_config(model)
-    path = _existing(source, _TRAIN_NAMES if training_part else _VAL_NAMES)
     training = augmentation is not None
+    if str(source) == "digits":
+        embedded = _checked_digits(model)
+        held = embedded.train if training_part else embedded.val
+        size = min(batch_size, len(held))
+        return DataLoader(held, batch_size=size, shuffle=training, drop_last=training)
+    config = _data_config(model)
+    if _is_named(source):
+        train, val = open_named(str(source), config["input_size"], None)
+        part = train if training_part else val
+        if labelled:
+            _check_class_count(source, len(_class_names(part)), config["num_classes"])
+        return _loader(part, config, batch_size, None, augmentation)
+    path = _existing(source, _TRAIN_NAMES if training_part else _VAL_NAMES)
     images = open_reader(path, config["input_size"], training=training, labelled=labelled)
     if labelled:
         _check_class_count(source, len(images.classes), config["num_classes"])
@@ -353,11 +361,17 @@ def _loader(
     return loader
 
 
-def _digits_loaders(model: nn.Module | Mapping[str, Any], batch_size: int) -> OpenedData:
+def _checked_digits(model: nn.Module | Mapping[str, Any]) -> ImageSet:
     data = digits()
     _check_class_count("digits", data.num_classes, _data_config(model)["num_classes"])
+    return data
+
+
+def _digits_loaders(model: nn.Module | Mapping[str, Any], batch_size: int) -> OpenedData:
+    data = _checked_digits(model)
+    size = min(batch_size, len(data.train))
     return OpenedData(
-        train=DataLoader(data.train, batch_size=batch_size, shuffle=True, drop_last=True),
+        train=DataLoader(data.train, batch_size=size, shuffle=True, drop_last=True),
         val=DataLoader(data.val, batch_size=batch_size),
         classes=data.classes,
         input_size=data.input_size,

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from pfsurgery.batches import unlabelled_images
 from pfsurgery.card import write_card
 from pfsurgery.checkpoint import load, save
 from pfsurgery.convert import convert
+from pfsurgery.digests import digest
+from pfsurgery.errors import DataError
+from pfsurgery.files import write_text
 from pfsurgery.measure import Comparison, compare
 from pfsurgery.plan import Plan
 from pfsurgery.policy import DataPolicy, Tell
@@ -29,12 +35,13 @@ from pfsurgery.recover import (
     finetune,
     recalibrate,
     reconstruct,
+    snapshot,
 )
 from pfsurgery.recover.finetune import check_run
-from pfsurgery.recover.processes import first_process_first
-from pfsurgery.recover.state import writable_folder
-from pfsurgery.run_folder import note_run, write_json
-from pfsurgery.select import Patterns
+from pfsurgery.recover.processes import first_process_first, training_device
+from pfsurgery.recover.state import placement, writable_folder
+from pfsurgery.run_folder import SETTING, check_same, note_run, write_json
+from pfsurgery.select import Patterns, as_patterns
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -138,7 +145,8 @@ def run_job(
     take over what it made, and all train; the first one writes.
 
     Args:
-        original: The trained model; it is left as it was.
+        original: The trained model; it is left as it was. In the meantime it is on the GPU, if
+            there is one.
         policy: What its sites become: a plan, or a budget that is fitted to images.
         train: Training images, as `finetune` takes them.
         val: Validation images with labels.
@@ -154,6 +162,7 @@ def run_job(
 
     Raises:
         SurgeryError: `out` cannot be written, or a step fails; the message says what to do.
+        TrainingError: The run in `out` is of another model, policy or choice of sites.
     """
     folder = writable_folder(out)
     config = config or FinetuneConfig()
@@ -169,39 +178,75 @@ def run_job(
         steps.append(Step(name, evaluate(model if result is None else result, val), seconds))
         return result
 
-    with first_process_first() as first:
-        if first:
-            note_run(folder, "finetune", model=original)
-        if (folder / _STEPS).exists() and (resume or not first):
-            tell("taking over what was converted before")
-            fast = load(folder / _CONVERTED_FOLDER, base=copy.deepcopy(original))
-            steps += _read_steps(folder)
-            example = next(iter(unlabelled_images(train, original)))[:1]
-        else:
-            step("original", lambda: original, original)
-            fast, example = _surgery(original, policy, include, exclude, train, step, tell)
-            save(fast, folder / _CONVERTED_FOLDER)
-            _write_steps(folder, steps)
-    tell("fine-tuning")
-    started = time.perf_counter()
-    result = finetune(
-        fast, train=train, val=val, teacher=original, config=config, out=folder, resume=resume
-    )
-    _take_best(fast, result)
-    assert result.best is not None
-    steps.append(Step("fine-tuned", result.best, time.perf_counter() - started))
-    fast.eval()
-    original.eval()
-    tell("measuring")
-    report = Report(
-        record(fast).plans[-1],
-        tuple(steps),
-        compare(original, fast, example),
-        result.given_back,
-    )
+    with _moved(original, training_device()):
+        with first_process_first() as first:
+            continued = (folder / _STEPS).exists() and (resume or not first)
+            if first:
+                _begin(folder, _asked(original, policy, include, exclude), continued)
+                note_run(folder, "finetune", model=original)
+            if continued:
+                tell("taking over what was converted before")
+                fast = load(folder / _CONVERTED_FOLDER, base=copy.deepcopy(original))
+                steps += _read_steps(folder)
+                example = first_images(unlabelled_images(train, original), 1)[0][:1]
+            else:
+                step("original", lambda: original, original)
+                fast, example = _surgery(original, policy, include, exclude, train, step, tell)
+                save(fast, folder / _CONVERTED_FOLDER)
+                _write_steps(folder, steps)
+        tell("fine-tuning")
+        started = time.perf_counter()
+        result = finetune(
+            fast, train=train, val=val, teacher=original, config=config, out=folder, resume=resume
+        )
+        _take_best(fast, result)
+        assert result.best is not None
+        steps.append(Step("fine-tuned", result.best, time.perf_counter() - started))
+        fast.eval()
+        original.eval()
+        tell("measuring")
+        device = placement(original)[0]
+        with first_process_first():  # others would take time from what it measures
+            comparison = compare(original, fast.to(device), example.to(device))
+    report = Report(record(fast).plans[-1], tuple(steps), comparison, result.given_back)
     if first:
         _write(folder, fast, report, result)
     return fast, report
+
+
+@contextmanager
+def _moved(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """The model is on another device while inside."""
+    home = placement(model)[0]
+    try:
+        model.to(device)
+        yield
+    finally:
+        model.to(home)
+
+
+def _asked(
+    original: nn.Module, policy: Plan | DataPolicy, include: Patterns, exclude: Patterns
+) -> dict[str, Any]:
+    """What `converted/` was made from, for a run that is continued."""
+    plan = hashlib.sha256(policy.to_json().encode()) if isinstance(policy, Plan) else None
+    return {
+        "model": digest(original),
+        "policy": policy.policy if isinstance(policy, Plan) else policy.name,
+        "plan": None if plan is None else plan.hexdigest()[:16],
+        "pointwise": not isinstance(policy, Plan) and policy.pointwise,
+        "include": list(as_patterns(include)),
+        "exclude": list(as_patterns(exclude)),
+    }
+
+
+def _begin(folder: Path, asked: Mapping[str, Any], continued: bool) -> None:
+    """Note what is asked for, or check that it is what was asked for before."""
+    if not continued:
+        snapshot.remove_all(folder)
+        for name in (_STEPS, SETTING):
+            (folder / name).unlink(missing_ok=True)
+    check_same(folder / SETTING, asked)
 
 
 def _write_steps(folder: Path, steps: list[Step]) -> None:
@@ -224,7 +269,7 @@ def _surgery(
 ) -> tuple[nn.Module, Tensor]:
     """Convert and recover as far as it goes without training; the model and one image."""
     images = first_images(unlabelled_images(train, original), _CALIBRATION_IMAGES)
-    example = images[0][:1]
+    example = images[0][:1].to(placement(original)[0])
     if not isinstance(policy, Plan):
         fit = partial(convert, original, policy, include=include, exclude=exclude, tell=tell)
         fitted: nn.Module = step(
@@ -245,7 +290,11 @@ def _quietly(work: Callable[..., object], *args: Any, **kwargs: Any) -> None:
 
 
 def first_images(batches: Iterable[Tensor], images: int) -> list[Tensor]:
-    """The first batches that hold about so many images, of 400 MB at the most."""
+    """The first batches that hold about so many images, of 400 MB at the most.
+
+    Raises:
+        DataError: There is none.
+    """
     kept: list[Tensor] = []
     size = 0
     for batch in batches:
@@ -253,6 +302,8 @@ def first_images(batches: Iterable[Tensor], images: int) -> list[Tensor]:
         size += batch.nbytes
         if sum(len(b) for b in kept) >= images or size >= _MOST_BYTES:
             break
+    if not kept:
+        raise DataError("There is no batch of training images; give at least one.")
     return kept
 
 
@@ -266,9 +317,9 @@ def _take_best(model: nn.Module, result: FinetuneResult) -> None:
 def _write(folder: Path, model: nn.Module, report: Report, result: FinetuneResult) -> None:
     save(model, folder / MODEL_FOLDER)
     write_card(folder / MODEL_FOLDER, report)
-    (folder / "report.md").write_text(report.to_markdown(), encoding="utf-8")
-    (folder / "report.json").write_text(json.dumps(report.to_dict(), indent=2), encoding="utf-8")
-    (folder / "plan.json").write_text(report.plan.to_json(), encoding="utf-8")
+    write_text(folder / "report.md", report.to_markdown())
+    write_json(folder / "report.json", report.to_dict())
+    write_text(folder / "plan.json", report.plan.to_json())
     report.comparison.figure(folder / "comparison.png")
     result.figure(folder / "accuracy.png")
     if any(decision.structure for decision in report.plan):

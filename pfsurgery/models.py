@@ -10,7 +10,7 @@ from torch import nn
 
 from pfsurgery.base import Base, base_of, set_base
 from pfsurgery.checkpoint import HUB, load
-from pfsurgery.errors import RecordMismatchError, SurgeryError
+from pfsurgery.errors import RecordMismatchError, SurgeryError, UnknownNameError
 from pfsurgery.record import has_record
 
 
@@ -34,11 +34,12 @@ def open_model(
         kwargs: Further arguments of the library's factory.
 
     Raises:
-        UnknownNameError: The library has no such model; the message lists the closest names.
+        UnknownNameError: The library has no such model; the message lists the closest names. Or
+            a model and a folder both have that name.
         RecordMismatchError: The directory or checkpoint does not fit; the message names it.
         SurgeryError: The hub cannot be reached.
     """
-    if name.startswith(HUB) or Path(name).is_dir():
+    if name.startswith(HUB) or _is_folder(name):
         if checkpoint is not None or num_classes is not None or kwargs:
             raise SurgeryError(
                 f"{name} is a saved model with weights and arguments of its own: leave out "
@@ -53,6 +54,24 @@ def open_model(
         {**({"num_classes": num_classes} if num_classes else {}), **(kwargs or {})},
     )
     return _opened(base, pretrained, checkpoint)
+
+
+def _is_folder(name: str) -> bool:
+    """Whether a folder is meant.
+
+    Raises:
+        UnknownNameError: A model of timm's has the same name.
+    """
+    if not Path(name).is_dir():
+        return False
+    import timm
+
+    if timm.is_model(name):
+        raise UnknownNameError(
+            f"{name} is a model of timm's, and a folder here: write timm/{name} for the one, "
+            f"./{name} for the other."
+        )
+    return True
 
 
 def open_original(

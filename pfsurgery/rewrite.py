@@ -17,6 +17,7 @@ from pfsurgery.ops.eff_attention import EffAttention
 from pfsurgery.plan import Decision
 from pfsurgery.shadow import HOOKS, on_meta
 from pfsurgery.sites import CONVOLUTIONS, AttentionGeometry, Convolution, geometry_of
+from pfsurgery.weights import applied_weight
 
 _GEOMETRY = (
     "in_channels",
@@ -157,7 +158,12 @@ def _at_stride_one(conv: Convolution) -> Convolution:
             bias=conv.bias is not None,
             padding_mode=conv.padding_mode,
         )
-    moved.weight = conv.weight
+    weight = applied_weight(conv)
+    moved.weight = (
+        conv.weight
+        if weight is conv.weight
+        else nn.Parameter(weight.detach(), requires_grad=conv.weight.requires_grad)
+    )
     moved.bias = conv.bias
     return moved
 
@@ -174,7 +180,7 @@ def _pointwise(conv: Convolution) -> Convolution:
         )
     with torch.no_grad():
         pointwise.weight = nn.Parameter(
-            conv.weight.sum(dim=tuple(range(2, conv.weight.ndim)), keepdim=True),
+            applied_weight(conv).sum(dim=tuple(range(2, conv.weight.ndim)), keepdim=True),
             requires_grad=conv.weight.requires_grad,
         )
         if conv.bias is not None:

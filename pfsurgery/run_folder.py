@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,10 +15,11 @@ import torch
 from torch import nn
 
 from pfsurgery.base import base_of
-from pfsurgery.errors import SurgeryError
+from pfsurgery.errors import SurgeryError, TrainingError
 from pfsurgery.files import write_text
 
 RUN = "run.json"
+SETTING = "setting.json"
 Kind = Literal["finetune", "sensitivity", "search", "layer", "nas", "robustness"]
 
 
@@ -121,3 +123,28 @@ def _command() -> str:
     program = Path(sys.argv[0])
     ours = program.name == "pfsurgery" or program.parent.name == "cli"
     return shlex.join(["pfsurgery", *sys.argv[1:]]) if ours else ""
+
+
+def check_same(path: Path, now: Mapping[str, Any], *, free: Collection[str] = ()) -> None:
+    """Compare a setting with the one that a run began with, or note it where one begins.
+
+    Args:
+        path: File of the setting.
+        now: The setting, JSON-ready.
+        free: Fields that may change.
+
+    Raises:
+        TrainingError: Another field differs; the message names it and both values.
+    """
+    then = read_json(path) if path.exists() else now
+    differing = [
+        f"{name} (then {then.get(name)!r}, now {now.get(name)!r})"
+        for name in dict.fromkeys((*now, *then))
+        if then.get(name) != now.get(name) and name not in free
+    ]
+    if differing:
+        raise TrainingError(
+            f"{path.parent} holds a run of another setting; different are: "
+            f"{', '.join(differing)}. Go on with the same setting, or choose another folder."
+        )
+    write_json(path, now)

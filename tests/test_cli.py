@@ -298,6 +298,19 @@ BAD = {
         ("convert", *SMALL, "--no-pretrained", "-p", "shift_all", "--macs", "5%", "--out", "OUT"),
         "--policy budget",
     ),
+    "thin convolutions without a budget": (
+        ("convert", *SMALL, "--no-pretrained", "-p", "shift_all", "--no-thin", "--out", "OUT"),
+        "--no-thin goes with --policy budget",
+    ),
+    "limit of a demo without a budget": (("demo", "--macs", "30%", "--out", "OUT"), "--macs"),
+    "images for a policy of rules": (
+        ("convert", *DIGITS_MODEL, "-p", "shift_all", "--out", "OUT"),
+        "pfsurgery recover",
+    ),
+    "sites of a recovery without a policy": (
+        ("recover", *SMALL, "--data", "digits", "--include", "layer1.*", "--out", "OUT"),
+        "go with --policy",
+    ),
     "impossible rate": (
         ("finetune", *DIGITS_MODEL, "-p", "maxpool_all", "--out", "OUT", "--lr", "-1"),
         "lr",
@@ -322,6 +335,15 @@ BAD = {
     "kwarg without value": (("scan", *SMALL, "--model-kwarg", "x"), "key=value"),
     "kwarg that the model refuses": (("scan", *SMALL, "--model-kwarg", "wings=2"), "wings"),
 }
+
+
+def test_a_folder_with_the_name_of_a_model_is_not_guessed_at(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "test_resnet").mkdir()
+    result = cli("scan", "--model", "test_resnet")
+    assert result.code == 2
+    assert "timm/test_resnet" in result.err
+    assert cli("scan", "--model", "timm/test_resnet").code == 0
 
 
 @pytest.mark.parametrize("case", BAD)

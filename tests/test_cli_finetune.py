@@ -9,9 +9,11 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
 from pfsurgery import load, push
 from pfsurgery.checkpoint import CONFIG
@@ -173,8 +175,9 @@ def test_wrong_values_end_in_one_line_and_exit_code_2(cli, folder, tmp_path, nam
 
 
 def test_a_run_is_continued(cli, folder, tmp_path):
-    out = tmp_path / "run"
-    args = (*SHORT, "--data", folder, "--out", out)
+    out, weights = tmp_path / "run", tmp_path / "weights.safetensors"
+    save_file(timm.create_model("test_resnet", num_classes=2).state_dict(), weights)
+    args = (*SHORT, "--checkpoint", weights, "--data", folder, "--out", out)
     assert cli(*args, "--resume").code == 0
     newest = out / "checkpoints" / "step-00000002-of-00000002.pt"
     saved = torch.load(newest)
@@ -191,6 +194,20 @@ def test_a_run_is_continued(cli, folder, tmp_path):
     changed = cli(*args, "--resume", "--lr", 0.5)
     assert changed.code == 2
     assert "lr (then 0.001, now 0.5)" in changed.err
+    other = cli(*args, "--resume", "--policy", "shift_all")
+    assert other.code == 2
+    assert "policy (then 'maxpool_deep', now 'shift_all')" in other.err
+    assert "maxpool_deep" in json.loads((out / "run.json").read_text())["command"]
+
+
+def test_what_an_earlier_run_left_is_not_taken_over_by_another(cli, folder, tmp_path):
+    out = tmp_path / "run"
+    data = ("--data", folder, "--out", out)
+    assert cli(*SHORT, *data).code == 0
+    (out / "setting.json").write_text('{"policy": "of a run that was killed while it converted"}')
+    (out / "steps.json").unlink()
+    assert cli(*BASE, "--policy", "shift_all", *SHORT[-6:], *data, "--resume").code == 0
+    assert json.loads((out / "report.json").read_text())["policy"] == "shift_all"
 
 
 def test_images_for_training_need_no_classes_with_the_teacher_alone(

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from pfsurgery.batches import open_images, skipped_images, unlabelled_images
 from pfsurgery.data import Augmentation, digits, open_data
 from pfsurgery.errors import DataError, MissingExtraError
-from pfsurgery.recover import evaluate
+from pfsurgery.recover import FinetuneConfig, evaluate
+from pfsurgery.recover.source import opened
 
 CONFIG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
 
@@ -292,3 +293,19 @@ def test_unlabelled_images_for_training(tmp_path, model):
     assert [len(images) for images, _ in loader] == [4, 4, 4]
     with pytest.raises(DataError, match="class folders"):
         open_images(tmp_path, model, training=True)
+
+
+def test_the_training_part_of_a_name_is_not_its_validation_part():
+    model = {"num_classes": 10}
+    training = [images for images, _ in open_images("digits", model, training=True, labelled=False)]
+    assert sum(map(len, training)) == 1352 - 1352 % 64
+    held = digits().val.tensors[0]
+    calibration = torch.cat(list(unlabelled_images("digits", model)))
+    assert torch.equal(calibration, digits().train.tensors[0])
+    assert not any(torch.equal(image, held[0]) for image in calibration)
+
+
+def test_no_image_of_one_folder_is_trained_on_and_validated_with(tmp_path, model):
+    fill(tmp_path, images=20)
+    train, val = opened(str(tmp_path), tmp_path, model, FinetuneConfig(), labelled=True)
+    assert [len(loader.dataset) for loader in (train, val)] == [36, 4]

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import pfsurgery
 from pfsurgery.data import digits
 from pfsurgery.errors import DataError, TrainingError, UnknownNameError
-from pfsurgery.recover import FinetuneConfig, evaluate, finetune
+from pfsurgery.recover import Accuracy, FinetuneConfig, evaluate, finetune
 from pfsurgery.recover.blocks import changed_blocks, changed_parameters
 from pfsurgery.recover.give_back import give_back
 from pfsurgery.recover.match import match_blocks, match_stages
@@ -203,6 +203,24 @@ def test_a_ramp_that_is_gone_back_to_blends_again():
         assert not torch.equal(fast(IMAGES), blended)
         ramp.at(0)
         torch.testing.assert_close(fast(IMAGES), blended)
+
+
+def test_a_ramp_blends_what_earlier_conversions_replaced():
+    original, once = pair("maxpool_deep")
+    twice = pfsurgery.convert(once, "maxpool_all", example=IMAGES[:1])
+    plans = pfsurgery.record(twice).plans
+    assert all(plan.replaced for plan in plans)
+    ramp = Ramp(twice.train(), original, steps=10)
+    with ramp.blending():
+        for plan in plans:
+            assert all(twice.get_submodule(d.site.name)._forward_hooks for d in plan.replaced)
+
+
+def test_attentions_are_not_blended():
+    original = timm.create_model("test_vit", img_size=32).eval()
+    fast = pfsurgery.convert(original, "eff_transformer", example=IMAGES[:1])
+    with pytest.raises(TrainingError, match="only convolutions are blended"):
+        Ramp(fast, original, steps=10)
 
 
 def test_a_ramp_leaves_nothing_behind(trained):
@@ -402,6 +420,35 @@ def test_a_model_with_blocks_given_back_is_saved(trained, tmp_path):
         assert torch.equal(again(IMAGES), fast.eval()(IMAGES))
 
 
+class Branch(nn.Module):
+    """A shortcut around other branches and a convolution."""
+
+    def __init__(self, *inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = nn.Sequential(*inside)
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(self.inside(x))
+
+
+def test_a_block_that_is_given_back_takes_those_inside_along(tmp_path):
+    torch.manual_seed(0)
+    original = nn.Sequential(nn.Conv2d(3, 8, 3), Branch(Branch()), nn.Flatten(), nn.Linear(7200, 5))
+    fast = pfsurgery.convert(original.eval(), "maxpool_all", example=IMAGES[:1])
+
+    def accuracy() -> Accuracy:
+        given_back = isinstance(fast[1].conv, nn.Conv2d)
+        return Accuracy(90.0 if given_back else 50.0, 100.0, 0.0, 10)
+
+    names, _ = give_back(fast, original, accuracy, now=accuracy(), wanted=80.0)
+    assert set(names) == {"1.conv", "1.inside.0.conv"}
+    pfsurgery.save(fast, tmp_path)
+    again = pfsurgery.load(tmp_path, base=copy.deepcopy(original))
+    with torch.no_grad():
+        assert torch.equal(again(IMAGES), original(IMAGES))
+
+
 def test_the_figure(trained, tmp_path):
     fast = pfsurgery.convert(trained, "maxpool_deep", example=IMAGES[:1])
     config = FinetuneConfig(epochs=3, batch_size=32)
@@ -442,6 +489,14 @@ def test_labels_that_do_not_fit_are_named(settings):
 def test_odd_batches_cannot_be_mixed():
     with pytest.raises(TrainingError, match="batch_size=33 must be even"):
         FinetuneConfig(batch_size=33, mixup=0.2)
+
+
+def test_an_odd_last_batch_is_told_before_training(tmp_path):
+    model = timm.create_model("test_convnext", num_classes=10)
+    loader = DataLoader(few(63), batch_size=32)
+    with pytest.raises(DataError, match="31"):
+        finetune(model, train=loader, config=FinetuneConfig(mixup=0.2), out=tmp_path)
+    assert not (tmp_path / "log.jsonl").exists()
 
 
 def test_half_precision_needs_a_gpu():

@@ -54,6 +54,35 @@ def net(site: nn.Module) -> Net:
     return made
 
 
+@pytest.mark.parametrize("make", [StdConv2d, ScaledStdConv2d])
+@pytest.mark.parametrize("op", ["avg_pool", "avg_down"])
+def test_weights_count_as_the_class_applies_them(make, op):
+    original = net(make(8, 16, 3, stride=2 if op == "avg_down" else 1, padding=1)).eval()
+    fast = convert(original, lambda site: op if site.name == "site" else None, example=EXAMPLE)
+    assert record(fast).plans[-1].replaced
+    flat = torch.ones(1, 8, 17, 17)
+    with torch.no_grad():
+        meant, made = original.site(flat), fast.site(flat)
+    inside = (..., slice(2, -2), slice(2, -2))
+    torch.testing.assert_close(made[inside], meant[inside])
+
+
+def test_a_refit_of_a_layer_that_standardises_its_weight_is_measured_as_it_acts():
+    original = net(nn.Conv2d(8, 8, 3, padding=1, groups=8)).eval()
+    original.mix = StdConv2d(8, 8, 1, bias=True)
+    images = torch.randn(64, 3, 17, 17)
+    policy = {"site": "avg_pool"}.get
+    fast = convert(original, lambda site: policy(site.name), example=images[:1])
+    (refit,) = pfsurgery.reconstruct(fast, original, images)
+    assert refit.layer == "mix"
+    with torch.no_grad():
+        seen = [net.mix(net.site(net.stem(images))) for net in (original, fast)]
+    meant, made = (x.movedim(1, -1).flatten(0, -2) for x in seen)
+    error = (made - meant).square().sum() / (meant - meant.mean(0)).square().sum()
+    assert refit.after == pytest.approx(float(error), rel=0.05)
+    assert refit.after <= refit.before
+
+
 CONVERTED: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "Conv2dSame": (lambda: Conv2dSame(8, 8, 3, 2), ["max_pool"]),
     "StdConv2d": (lambda: StdConv2d(8, 8, 3, padding=1), ["max_pool"]),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import timm
 import torch
@@ -162,13 +163,18 @@ def test_the_number_of_workers_changes_nothing(images, uninterrupted, tmp_path):
     assert same_end(uninterrupted, tmp_path)
 
 
-def test_sigterm_saves_and_ends(images, uninterrupted, tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_sigterm_to_all_processes_saves_and_ends(images, uninterrupted, tmp_path, workers):
     settings = {**EVERYTHING, "save_every": 1000}
-    process = start(tmp_path, images, settings)
+    process = start(tmp_path, images, settings, workers)
     log = tmp_path / "log.jsonl"
-    while process.is_alive() and "teacher" not in (log.read_text() if log.exists() else ""):
+    begun = '"step"' if workers else '"teacher"'
+    while process.is_alive() and begun not in (log.read_text() if log.exists() else ""):
         time.sleep(0.01)
-    process.terminate()
+    readers = psutil.Process(process.pid).children(recursive=True)
+    assert len(readers) >= workers
+    for each in (*readers, process):  # as torchrun and clusters do
+        each.terminate()
     process.join()
     assert process.exitcode == 1
     error = (tmp_path / "error").read_text()

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from pfsurgery import budget, convert, list_policies, load, plan, record, search, sensitivity
 from pfsurgery.cli import app
+from pfsurgery.digests import digest_of_images
 from pfsurgery.errors import PolicyError, SurgeryError
 from pfsurgery.measure import count
 from pfsurgery.recover.hull import spend
@@ -26,7 +27,6 @@ from pfsurgery.run_folder import read_run
 from pfsurgery.study.known import LINES as NETWORKS
 from pfsurgery.study.optuna_search import explore, open_study
 from pfsurgery.study.programme import programme
-from pfsurgery.study.same import digest_of_images
 from pfsurgery.study.search import search_front
 from pfsurgery.study.sensitivity import LINES, read_sensitivity
 from tests import zoo

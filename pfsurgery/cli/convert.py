@@ -12,6 +12,7 @@ from pfsurgery.batches import unlabelled_images
 from pfsurgery.checkpoint import save
 from pfsurgery.cli import options, show
 from pfsurgery.convert import convert as convert_model
+from pfsurgery.errors import PolicyError
 from pfsurgery.job import first_images
 from pfsurgery.record import record
 from pfsurgery.tables import fit_table
@@ -48,6 +49,11 @@ def convert(
 
     Example: pfsurgery convert --model resnet50 --policy budget --macs 60% --data imagenet/ --out f/
     """
+    if data is not None and policy not in options.FITTED:
+        raise PolicyError(
+            f"--data goes with --policy {' or '.join(options.FITTED)}, which are fitted to images. "
+            f"To win accuracy back after another one, use pfsurgery recover or finetune."
+        )
     net = options.opened(model, pretrained, checkpoint, num_classes, model_kwarg)
     chosen, sites = options.chosen(
         net,

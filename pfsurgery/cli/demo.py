@@ -33,6 +33,8 @@ def demo(
 
     Example: pfsurgery demo --policy budget --macs 30%
     """
+    if policy != "budget":
+        options.refuse_limits(macs=macs, params=params, latency=latency, thin=thin)
     writable_folder(out)
     report = demo_job.run(
         out,

@@ -18,6 +18,8 @@ from pfsurgery.plan import Plan
 from pfsurgery.policy import DataPolicy
 from pfsurgery.recover import bare, budget, evaluate
 
+FITTED = ("budget", "bare")  # policies that are fitted to images
+
 Model = Annotated[
     str,
     typer.Option(
@@ -163,11 +165,9 @@ def chosen(
 
     And what `convert` is told of the sites that may change: nothing with a plan, which knows.
     """
-    if policy not in ("budget", "bare"):
-        if pointwise:
-            raise PolicyError("--pointwise goes with --policy budget.")
-        if (macs, params, latency) != (None, None, None):
-            raise PolicyError("--macs, --params and --latency go with --policy budget.")
+    if policy != "budget":
+        refuse_limits(macs=macs, params=params, latency=latency, thin=thin, pointwise=pointwise)
+    if policy not in FITTED:
         plan = planned(model, policy, size=size, include=include, exclude=exclude, mixing=mixing)
         return plan, {}
     if mixing != "auto":
@@ -176,6 +176,15 @@ def chosen(
     if policy == "bare":
         return bare(), sites
     return budget(macs, params, latency, thin=thin, pointwise=pointwise), sites
+
+
+def refuse_limits(**given: str | bool | None) -> None:
+    """Raise a PolicyError where options of `--policy budget` come with another policy."""
+    usual: dict[str, str | bool | None] = {"thin": True, "pointwise": False}
+    wrong = [name for name, value in given.items() if value != usual.get(name)]
+    if wrong:
+        named = ", ".join("--no-thin" if name == "thin" else f"--{name}" for name in wrong)
+        raise PolicyError(f"{named} goes with --policy budget.")
 
 
 def example_of(model: nn.Module, size: int | None, batch: int = 1) -> Any:

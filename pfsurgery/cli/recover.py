@@ -21,8 +21,6 @@ from pfsurgery.recover import reconstruct
 from pfsurgery.recover.state import writable_folder
 from pfsurgery.tables import refit_table
 
-_FITTED = ("budget", "bare")
-
 
 def recover(
     model: options.Model,
@@ -53,10 +51,15 @@ def recover(
 
     Example: pfsurgery recover --model resnet50 --policy maxpool_deep --data imagenet/ --out fast/
     """
-    if policy in _FITTED:
+    if policy in options.FITTED:
         raise PolicyError(
             f"{policy} is fitted to images while it converts, which leaves nothing to recover: "
             f"use pfsurgery convert."
+        )
+    if policy is None and (include or exclude or mixing != "auto" or size):
+        raise PolicyError(
+            "--include, --exclude, --mixing and --size go with --policy; without one, the model "
+            "was converted before."
         )
     writable_folder(out)
     if policy is None:

@@ -17,14 +17,14 @@ from pfsurgery.recover import snapshot
 from pfsurgery.recover.config import FinetuneConfig, FinetuneResult
 from pfsurgery.recover.optimizer import check_optimizer
 from pfsurgery.recover.prepare import check_backend
-from pfsurgery.recover.source import train_images, val_images
+from pfsurgery.recover.source import opened
 from pfsurgery.recover.state import (
     keep_random_state,
     keep_train_flags,
     placement,
     writable_folder,
 )
-from pfsurgery.recover.stop import stop_on_sigterm
+from pfsurgery.recover.stop import stop_on_sigterm, workers_outlive_sigterm
 from pfsurgery.recover.training import Training
 
 
@@ -98,8 +98,9 @@ def finetune(
         stack.enter_context(keep_train_flags(*(m for m in (model, teacher) if m is not None)))
         stack.enter_context(_frozen(teacher))
         accelerator = stack.enter_context(_accelerator(model, config))
-        train_loader = train_images(train, model, config, labelled=teacher is None)
-        val_loader = None if val is None else val_images(val, model, config)
+        train_loader, val_loader = opened(train, val, model, config, labelled=teacher is None)
+        if folder is not None:
+            stack.enter_context(workers_outlive_sigterm(train_loader, val_loader))
         job = Training(model, teacher, config, accelerator, folder)
         with (
             job.prepared(train_loader, val_loader, resume) as run,

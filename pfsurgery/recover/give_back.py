@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -66,7 +66,7 @@ def give_back(
             break
         now, best = max(gains, key=lambda entry: (entry[0].top1, -entry[0].loss))
         _swap(model, original, best)
-        names = tuple(decision.site.name for decision in best.sites)
+        names = _replaced_below(model, best.modules)
         _note(model, names)
         returned += names
     return tuple(returned), now
@@ -79,6 +79,16 @@ def _swap(model: nn.Module, original: nn.Module, block: Block) -> list[tuple[str
         new = copy.deepcopy(get_module(original, path)).requires_grad_(True)
         set_module(model, path, new.train(module.training))
     return before
+
+
+def _replaced_below(model: nn.Module, paths: Sequence[str]) -> tuple[str, ...]:
+    """Names of the replaced sites at these paths or inside: a block may hold others."""
+    return tuple(
+        decision.site.name
+        for plan in record(model).plans
+        for decision in plan.replaced
+        if any(f"{decision.site.name}.".startswith(f"{path}.") for path in paths)
+    )
 
 
 def _note(model: nn.Module, names: tuple[str, ...]) -> None:

@@ -104,11 +104,7 @@ class Objective:
         """Mixed images, and the targets (N, classes) that go with them."""
         from timm.data import Mixup
 
-        if len(images) % 2:
-            raise DataError(
-                f"mixup and cutmix pair images, but a batch has {len(images)}; give batches of an "
-                f"even number."
-            )
+        check_pairs(len(images))
         if labels is None:
             labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
         mix = Mixup(
@@ -119,6 +115,15 @@ class Objective:
         )
         mixed: tuple[Tensor, Tensor] = mix(images.clone(), labels)
         return mixed
+
+
+def check_pairs(images: int) -> None:
+    """Raise a DataError where a batch of so many images cannot be mixed."""
+    if images % 2:
+        raise DataError(
+            f"mixup and cutmix pair images, but a batch has {images}; give batches of an even "
+            f"number (a DataLoader with drop_last=True leaves out a smaller last one)."
+        )
 
 
 def on_device(images: Tensor, config: FinetuneConfig, accelerator: Any) -> Tensor:

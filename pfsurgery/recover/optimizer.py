@@ -46,17 +46,18 @@ def parameter_groups(model: nn.Module, config: FinetuneConfig) -> list[dict[str,
     `changed_lr` in changed blocks; `changed` says which these are.
 
     Raises:
-        TrainingError: Only changed blocks are to be trained at first, and there are none.
+        TrainingError: Changed blocks are to be trained first or faster, and there are none.
     """
     from timm.optim import param_groups_layer_decay
 
     exempt = getattr(model, "no_weight_decay", None)
     names = changed_parameters(model)
-    if config.freeze and not names:
-        raise TrainingError(
-            "freeze is set, but the model has no replaced site to train. Give a model that "
-            "pfsurgery.convert made, or freeze=0."
-        )
+    for setting, off in (("freeze", 0.0), ("changed_lr", 1.0)):
+        if getattr(config, setting) != off and not names:
+            raise TrainingError(
+                f"{setting} is set, but the model has no replaced site to train. Give a model that "
+                f"pfsurgery.convert made, or {setting}={off:g}."
+            )
     changed = {id(parameter) for name, parameter in model.named_parameters() if name in names}
     groups: list[dict[str, Any]] = []
     for group in param_groups_layer_decay(

@@ -22,6 +22,7 @@ from torch.utils.data import (
     Sampler,
     SequentialSampler,
     TensorDataset,
+    default_collate,
 )
 
 from pfsurgery.errors import DataError
@@ -103,6 +104,12 @@ class EpochOrder(Sampler[list[Any]]):
         self.batches = images // together if whole else -(-images // together)
         self.epoch, self.first = 1, 0
 
+    @property
+    def sizes(self) -> set[int]:
+        """How many images batches hold."""
+        rest = self.images - (self.batches - 1) * self.batch_size * self.processes
+        return {min(self.batch_size, rest), *([self.batch_size] if self.batches > 1 else [])}
+
     def start(self, epoch: int, batch: int) -> None:
         """The next iteration is of this epoch, without the batches before `batch`."""
         self.epoch, self.first = epoch, batch
@@ -175,8 +182,8 @@ class TrainBatches:
 
 def _is_plain(source: Iterable[Any]) -> bool:
     """Whether the order of the loader is known, so that another one of its kind may replace it."""
-    if not isinstance(source, DataLoader) or isinstance(source.dataset, IterableDataset):
-        return False
+    if type(source) is not DataLoader or isinstance(source.dataset, IterableDataset):
+        return False  # what a subclass adds would be lost
     sampler = source.sampler
     known = type(sampler) is SequentialSampler or (
         type(sampler) is RandomSampler
@@ -193,7 +200,7 @@ def _order_of(loader: DataLoader[Any], seed: int, accelerator: Any) -> EpochOrde
         max(1, min(size, number // accelerator.num_processes)),
         shuffle=isinstance(loader.sampler, RandomSampler),
         drop_last=loader.drop_last,
-        seeded=not isinstance(loader.dataset, TensorDataset),
+        seeded=not (type(loader.dataset) is TensorDataset and loader.collate_fn is default_collate),
         seed=seed,
         process=accelerator.process_index,
         processes=accelerator.num_processes,

@@ -13,7 +13,7 @@ from pfsurgery.recover.config import FinetuneConfig
 from pfsurgery.recover.epoch import Run
 from pfsurgery.recover.evaluate import logits_of
 from pfsurgery.recover.match import Match, match_blocks, match_stages
-from pfsurgery.recover.objective import Objective, on_device
+from pfsurgery.recover.objective import Objective, check_pairs, on_device
 from pfsurgery.recover.optimizer import make_optimizer, make_schedule
 from pfsurgery.recover.order import TrainBatches
 from pfsurgery.recover.progress import Write
@@ -37,6 +37,9 @@ def build_run(
     if config.ramp and teacher is not None:
         ramp = Ramp(model, teacher, round(config.ramp * total))
     mixed = config.mixup or config.cutmix
+    if mixed and batches.order is not None:
+        for size in sorted(batches.order.sizes):
+            check_pairs(size)
     guide = None if teacher is None else _compiled(teacher, config)
     remembered = None
     alone = accelerator.num_processes == 1 and not (matches or mixed)

@@ -5,7 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
+
+import torch
+
+# While the first process converts and evaluates, the others wait; NCCL gives up after ten minutes.
+_PATIENCE = timedelta(days=1)
 
 
 def join_processes() -> Any:
@@ -16,10 +22,17 @@ def join_processes() -> Any:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
-    import torch
     from accelerate import PartialState
 
-    return PartialState(cpu=not torch.accelerator.is_available())
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
+
+
+def training_device() -> torch.device:
+    """Where Accelerate will put the models, if closed forms, in float64, can be solved there."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    state = join_processes()
+    return torch.device("cuda") if state is None else torch.device(state.device)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pfsurgery.errors import TrainingError
 from pfsurgery.plan import Decision
 from pfsurgery.record import has_record, record
+from pfsurgery.sites import Convolution
 
 
 class Ramp:
@@ -33,13 +34,16 @@ class Ramp:
     def __init__(self, student: nn.Module, teacher: nn.Module, steps: int) -> None:
         self.steps = steps
         self.alpha = torch.zeros((), device=next(student.parameters()).device)
-        plan = record(student).plans[-1].replaced if has_record(student) else ()
-        if not plan:
+        plans = record(student).plans if has_record(student) else ()
+        replaced = [decision for plan in plans for decision in plan.replaced]
+        if not replaced:
             raise TrainingError(
                 "ramp is set, but the model has no replaced site. Give a model that "
                 "pfsurgery.convert made, or ramp=0."
             )
-        self._pairs = [(student.get_submodule(d.site.name), _original(teacher, d)) for d in plan]
+        self._pairs = [
+            (student.get_submodule(d.site.name), _original(teacher, d)) for d in replaced
+        ]
         self._handles: list[Any] = []
 
     @contextmanager
@@ -71,6 +75,11 @@ class Ramp:
 
 def _original(teacher: nn.Module, decision: Decision) -> list[nn.Module]:
     site = decision.site
+    if site.kind == "attention":
+        raise TrainingError(
+            f"ramp is set, but {site.name} was an attention; only convolutions are blended. Set "
+            f"ramp=0."
+        )
     paths = (site.name, *(site.neighbours.tail if decision.tail == "drop" else ()))
     try:
         modules = [teacher.get_submodule(path) for path in paths]
@@ -79,7 +88,7 @@ def _original(teacher: nn.Module, decision: Decision) -> list[nn.Module]:
             f"ramp is set, but the teacher does not fit: {error}. Give the model as it was before "
             f"the conversion, or ramp=0."
         ) from None
-    if not isinstance(modules[0], nn.Conv2d):
+    if not isinstance(modules[0], Convolution):
         raise TrainingError(
             f"ramp is set, but the teacher's {site.name} is a {type(modules[0]).__name__}, not the "
             f"convolution that was replaced. Give the original, or ramp=0."

@@ -15,6 +15,7 @@ from pfsurgery.recover.gram import Moments, MomentSum, sample_positions
 from pfsurgery.recover.linalg import ridge_gcv
 from pfsurgery.recover.target import Readout, corrected, readout_of
 from pfsurgery.sites import Neighbours
+from pfsurgery.weights import applied_weight
 
 _POSITIONS = 65536
 
@@ -85,6 +86,8 @@ def solve_layer(
 ) -> tuple[float, float]:
     """Put the ridge solution into a layer, its bias into the norm behind where it has none.
 
+    The layer stays as it is where that brings it no nearer.
+
     Args:
         layer: The layer, changed in place.
         norm: The batch norm behind it, None without one.
@@ -101,18 +104,23 @@ def solve_layer(
     live = (weights > 0).to(weights)
     solved = ridge_gcv(moments.gram, moments.cross * weights, total, moments.count)
     solved = solved * (live / torch.where(weights > 0, weights, 1.0))
+    held = layer.weight.clone()
     layer.weight.copy_(_as_weight(solved, layer))
-    offset = moments.target_mean - moments.column_mean @ solved
+    offset = moments.target_mean - moments.column_mean @ layer_columns(layer)
+    after = _error(layer, moments, weights, total, bias=offset)
+    if after > before:  # as may happen where the layer standardises what it is given
+        layer.weight.copy_(held)
+        return before, before
     if layer.bias is not None:
         layer.bias.copy_(offset)
     elif norm is not None:
         norm.running_mean.sub_(offset.to(norm.running_mean))
-    return before, _error(layer, moments, weights, total, bias=offset)
+    return before, after
 
 
 def layer_columns(layer: nn.Conv2d | nn.Linear) -> Tensor:
-    """A layer's weight as (taps * C, C_out), tap by tap, float64 on the CPU."""
-    weight = layer.weight.detach().cpu().double()
+    """The weight that a layer applies, as (taps * C, C_out), tap by tap, float64 on the CPU."""
+    weight = applied_weight(layer).detach().cpu().double()
     return weight.reshape(*weight.shape[:2], -1).permute(2, 1, 0).flatten(0, 1)
 
 

@@ -9,40 +9,47 @@ from typing import Any
 from torch import nn
 
 from pfsurgery.batches import Images, open_images
-from pfsurgery.data import Augmentation
+from pfsurgery.data import Augmentation, open_data
 from pfsurgery.recover.config import FinetuneConfig
 
 
-def train_images(
-    source: Images | str | Path, model: nn.Module, config: FinetuneConfig, *, labelled: bool
-) -> Iterable[Any]:
-    """Batches of training images, shuffled and augmented.
+def opened(
+    train: Images | str | Path,
+    val: Images | str | Path | None,
+    model: nn.Module,
+    config: FinetuneConfig,
+    *,
+    labelled: bool,
+) -> tuple[Iterable[Any], Iterable[Any] | None]:
+    """Batches of training images, shuffled and augmented, and of validation images, in order.
+
+    Where both are of one path or name, no image is in both, see `pfsurgery.data.open_data`.
 
     Args:
-        source: As `finetune` takes it.
+        train: As `finetune` takes it.
+        val: The same, or None.
         model: Gives the size of the images and the number of classes.
         config: Batch size and augmentation; with `kd_weight=1`, labels may be missing.
-        labelled: Whether labels are needed in any case.
+        labelled: Whether labels of training images are needed in any case.
 
     Raises:
         DataError: The images cannot be opened.
     """
-    return open_images(
-        source,
+    labelled = labelled or config.kd_weight < 1
+    size, augmentation = config.batch_size, Augmentation(config.crop_scale, config.auto_augment)
+    if isinstance(train, (str, Path)) and isinstance(val, (str, Path)) and str(train) == str(val):
+        data = open_data(
+            train, model, batch_size=size, labelled=labelled, augmentation=augmentation
+        )
+        return data.train, data.val
+    training = open_images(
+        train,
         model,
         training=True,
-        batch_size=config.batch_size,
-        labelled=labelled or config.kd_weight < 1,
-        augmentation=Augmentation(config.crop_scale, config.auto_augment),
+        batch_size=size,
+        labelled=labelled,
+        augmentation=augmentation,
     )
-
-
-def val_images(
-    source: Images | str | Path, model: nn.Module, config: FinetuneConfig
-) -> Iterable[Any]:
-    """Batches of validation images, in order.
-
-    Raises:
-        DataError: The images cannot be opened.
-    """
-    return open_images(source, model, training=False, batch_size=config.batch_size)
+    if val is None:
+        return training, None
+    return training, open_images(val, model, training=False, batch_size=size)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
+
+from torch.utils.data import DataLoader
 
 from pfsurgery.errors import TrainingError
 
@@ -52,3 +55,33 @@ def stop_on_sigterm(active: bool) -> Iterator[StopRequest]:
         yield request
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+@dataclass(frozen=True, slots=True)
+class _Deaf:
+    """How a worker process of a loader begins: deaf to SIGTERM, then as its user said."""
+
+    begin: Callable[[int], object] | None
+
+    def __call__(self, worker: int) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if self.begin is not None:
+            self.begin(worker)
+
+
+@contextmanager
+def workers_outlive_sigterm(*loaders: object) -> Iterator[None]:
+    """While inside, worker processes that loaders start ignore SIGTERM; they end with this process.
+
+    Clusters and `torchrun` send the signal to all processes of a group: without its workers, a run
+    could not go on to where it saves.
+    """
+    shielded = [loader for loader in loaders if isinstance(loader, DataLoader)]
+    before = [loader.worker_init_fn for loader in shielded]
+    try:
+        for loader in shielded:
+            loader.worker_init_fn = _Deaf(loader.worker_init_fn)
+        yield
+    finally:
+        for loader, begin in zip(shielded, before, strict=True):
+            loader.worker_init_fn = begin

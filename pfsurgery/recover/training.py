@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pfsurgery.errors import SurgeryError, TrainingError
+from pfsurgery.errors import TrainingError
 from pfsurgery.recover import logs, snapshot
 from pfsurgery.recover.config import EpochRecord, FinetuneConfig
 from pfsurgery.recover.config_file import write_config
@@ -108,7 +108,7 @@ class Training:
                     self._diverged(run, diverged)
                 except StoppedError:
                     raise
-                except SurgeryError:
+                except BaseException:
                     restore_weights(self.model, self.good)
                     raise
 
@@ -308,7 +308,7 @@ class Training:
         images: list[Tensor] = []
         for batch in run.batches.start(self.at.epoch, 0):
             images.append(batch[0] if isinstance(batch, (list, tuple)) else batch)
-            if sum(map(len, images)) * self.accelerator.num_processes >= self.config.norm_images:
+            if sum(map(len, images)) >= self.config.norm_images:
                 break
         recalibrate(self.model, images)
         if self.accelerator.num_processes > 1:

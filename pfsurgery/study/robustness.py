@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from pfsurgery.batches import Images, open_images, read, report_skipped, split_batch
+from pfsurgery.digests import digest
 from pfsurgery.errors import DataError, ShapeError, SurgeryError
 from pfsurgery.measure.state import undisturbed
 from pfsurgery.policy import Tell
 from pfsurgery.recover.evaluate import check_labels, logits_of
 from pfsurgery.recover.logs import cut_log, json_lines, read_lines
 from pfsurgery.recover.state import placement, writable_folder
-from pfsurgery.run_folder import note_run, write_json
+from pfsurgery.run_folder import SETTING, check_same, note_run, write_json
 from pfsurgery.study.attacks import fgsm, pgd
 from pfsurgery.study.corruptions import PARAMETERS, SEVERITIES, corrupt
 from pfsurgery.study.gradcam import draw_maps, grad_cam
 from pfsurgery.study.pixels import Normalisation, normalisation_of
-from pfsurgery.study.same import SETTING, check_same, digest
 
 if TYPE_CHECKING:
     from rich.table import Table

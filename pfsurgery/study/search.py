@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from pfsurgery.convert import marker
+from pfsurgery.digests import digest, digest_of_images
 from pfsurgery.errors import PolicyError, needs
 from pfsurgery.example import Example
 from pfsurgery.policy import Tell
@@ -41,7 +42,6 @@ from pfsurgery.study.optuna_search import (
     open_study,
 )
 from pfsurgery.study.programme import programme
-from pfsurgery.study.same import digest, digest_of_images
 
 OPS = ("max_pool", "avg_pool")
 _FITTED = 12  # bottlenecks of a site that compete

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from pfsurgery.convert import marker
+from pfsurgery.digests import digest, digest_of_images
 from pfsurgery.errors import SurgeryError
 from pfsurgery.example import Example
 from pfsurgery.graph import GraphView
@@ -26,12 +27,11 @@ from pfsurgery.recover.device import typical_decision, typical_network
 from pfsurgery.recover.logs import cut_log, json_lines, read_lines
 from pfsurgery.recover.processes import join_processes
 from pfsurgery.recover.progress import tracked
-from pfsurgery.run_folder import note_run
+from pfsurgery.run_folder import SETTING, check_same, note_run
 from pfsurgery.select import Patterns
 from pfsurgery.sites import Site
 from pfsurgery.study.competitors import on_hull, with_unfitted
 from pfsurgery.study.damage import damages, judge_of, seen_of
-from pfsurgery.study.same import SETTING, check_same, digest, digest_of_images
 
 LINES = "sensitivity.jsonl"
 OPS = ("max_pool", "avg_pool", "shift", "identity")

@@ -17,9 +17,8 @@ from pfsurgery.recover import evaluate, finetune
 from pfsurgery.recover.logs import cut_log, json_lines, read_lines
 from pfsurgery.recover.state import placement
 from pfsurgery.recover.stop import StoppedError
-from pfsurgery.run_folder import Kind, note_run
+from pfsurgery.run_folder import SETTING, Kind, check_same, note_run
 from pfsurgery.study.images import AugmentedBatches, StudyImages
-from pfsurgery.study.same import SETTING, check_same
 from pfsurgery.study.setting import StudySetting
 
 TRAININGS = "trainings.jsonl"
