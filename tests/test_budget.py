@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import pfsurgery
 from pfsurgery import Plan, budget, convert, convert_, load, plan, reconstruct, record, save
 from pfsurgery.errors import DataError, PolicyError, UnsupportedSiteError
 from pfsurgery.measure import count
@@ -306,6 +307,15 @@ def test_a_latency_budget_is_spent_on_this_device(images):
     assert distance(fast, model, images) < 0.05
     with pytest.raises(PolicyError, match="cannot be met"):
         convert(model, budget(latency="1%", batch=4), images=images)
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_a_budget_below_what_cannot_change_is_refused_before_fitting(images, search):
+    told: list[str] = []
+    work = pfsurgery.search if search else convert
+    with pytest.raises(PolicyError, match=r"asks for 25 of .* A share is written as"):
+        work(trained_like(), budget(macs=25), images=images, tell=told.append)
+    assert not any("forms" in line for line in told)
 
 
 def test_a_latency_budget_is_one_limit():

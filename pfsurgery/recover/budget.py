@@ -97,7 +97,7 @@ class Budget:
             images: Unlabelled images, as `pfsurgery.recover.recalibrate` takes them.
             tell: Called with a line of text as each site is done.
         """
-        choices = read_choices(model, mark, images, self.forms, tell)
+        choices = read_choices(model, self.checked(model, mark), images, self.forms, tell)
         if self.max_drop is not None and self.validate is not None:
             points = self.points(choices, relative_errors(choices))
             student, done = cheapest_within(choices, points, self.max_drop, self.validate, tell)
@@ -139,7 +139,22 @@ class Budget:
             images = as_batch(choices.batches[0][:1], self.batch)
             known = site_times(choices, self.batch) if times is None else times
             return choose_by_latency(choices, images, allowed, damage, known, pick, tell), known
-        return pick(self.points(choices, damage), self._allowed(choices)), None
+        left = self._allowed(choices.teacher, choices.batches[0][:1], choices.sites)
+        return pick(self.points(choices, damage), left), None
+
+    def checked(self, model: nn.Module, mark: Callable[[Tensor], Plan]) -> Callable[[Tensor], Plan]:
+        """`mark`, which also raises a PolicyError where what cannot change costs too much already.
+
+        So a budget that no form of any site can meet is refused before forms are fitted.
+        """
+
+        def marked(image: Tensor) -> Plan:
+            found = mark(image)
+            if found.replaced and self.max_drop is None and self.unit != "latency":
+                self._allowed(model, image, [decision.site for decision in found.replaced])
+            return found
+
+        return marked
 
     def points(
         self, choices: Choices, damage: Mapping[str, Sequence[float]]
@@ -169,18 +184,19 @@ class Budget:
         repeated = geometry.in_channels * width * (reuse(site) - 1)
         return option.macs - repeated + geometry.out_channels
 
-    def _allowed(self, choices: Choices) -> float:
+    def _allowed(self, model: nn.Module, image: Tensor, sites: Sequence[Site]) -> float:
         """What the sites together may cost: the budget less what the rest of the model costs."""
         from pfsurgery.measure import count
 
-        whole = count(choices.teacher, choices.batches[0][:1])
+        whole = count(model, image)
         total = whole.parameters if self.unit == "params" else whole.macs
-        least = total - sum(self.cost(site, None) for site in choices.sites)
+        least = total - sum(self.cost(site, None) for site in sites)
         asked = absolute(self.amount, total)
         if asked < least:
             raise PolicyError(
                 f"{self.name} asks for {asked:.4g} of {total:.4g}, but what is not converted "
-                f"costs {least:.4g} already. Ask for more, or convert more sites."
+                f"costs {least:.4g} already. Ask for more, or convert more sites. A share is "
+                f'written as "60%".'
             )
         return asked - least
 

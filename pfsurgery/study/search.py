@@ -254,7 +254,7 @@ def _competing(
     Raises:
         PolicyError: There is nothing to choose, or not even all forms can meet it.
     """
-    mark = marker(model, policy, example, include, exclude, None)
+    mark = policy.checked(model, marker(model, policy, example, include, exclude, None))
     choices = read_choices(model, mark, images, policy.forms, tell)
     if not choices.sites:
         raise PolicyError(
