@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from pfsurgery.measure import count
 from pfsurgery.measure.latency import latency
 from pfsurgery.optimize import optimize
-from pfsurgery.plan import Decision, Plan
+from pfsurgery.plan import Plan
 from pfsurgery.policy import Tell
 from pfsurgery.record import remember
 from pfsurgery.recover.budget import Budget, Unit, absolute
 from pfsurgery.recover.calibration import as_batch
 from pfsurgery.recover.choices import Choices, Places, carry_out, finished
+from pfsurgery.recover.device import site_times
 from pfsurgery.run_folder import write_json
 from pfsurgery.sites import Site
 from pfsurgery.study.damage import Judge, judge_of
@@ -229,27 +230,25 @@ def found(
     if bench.validate is not None:
         original = replace(original, top1=bench.validate(choices.teacher))
         chosen = replace(chosen, top1=bench.validate(network))
-    rows = {site: _row(choices, best, alone, site) for site in done}
-    done = {site: _explained(decision, rows[site]) for site, decision in done.items()}
+    times = site_times(choices, bench.batch)  # anew: the machine may have been busier before
+    gains = {site: times[site][0] - times[site][best.places[site]] for site in done}
+    for site, decision in done.items():
+        option = choices.options[site][best.places[site]]
+        told = _told(alone[site, str(option)].damage, gains[site])
+        done[site] = replace(decision, reason=told)
     name = policy.name.replace("budget(", "search(", 1)
     fast, plan = finished(model, network, name, choices.plan, done, "kept by the search")
     remember(fast, plan)
-    gain = sum(row.ms for row in rows.values())
-    result = Found(fast, plan, (*points, chosen), original, round(before - gain, 6))
+    predicted = round(before - sum(gains.values()), 6)
+    result = Found(fast, plan, (*points, chosen), original, predicted)
     if folder is not None:
         write_json(folder / RESULT, _as_values(policy, result))
     return result
 
 
-def _row(choices: Choices, best: Made, alone: Alone, site: str) -> Sensitivity:
-    """What the chosen form of a site does alone."""
-    return alone[site, str(choices.options[site][best.places[site]])]
-
-
-def _explained(decision: Decision, row: Sensitivity) -> Decision:
-    """What was done at a site, with the damage and the gain that it has alone as the reason."""
-    told = f"alone it costs {row.damage:.2g} nats and saves {row.ms:.3g} ms"
-    return replace(decision, reason=told)
+def _told(damage: float, gain: float) -> str:
+    """What was done at a site, by the damage and the gain that it has alone."""
+    return f"alone it costs {damage:.2g} nats and saves {gain:.3g} ms"
 
 
 def _as_values(policy: Budget, found: Found) -> dict[str, Any]:
