@@ -22,6 +22,7 @@ from pfsurgery.recover.budget import Budget, Unit, absolute
 from pfsurgery.recover.calibration import as_batch
 from pfsurgery.recover.choices import Choices, Places, carry_out, finished
 from pfsurgery.recover.device import site_times
+from pfsurgery.recover.options import Option
 from pfsurgery.run_folder import write_json
 from pfsurgery.sites import Site
 from pfsurgery.study.damage import Judge, judge_of
@@ -196,9 +197,9 @@ def measured_alone(
     measure as all else.
     """
 
-    def gains(site: Site) -> list[float]:
-        whole, *options = times()[site.name]
-        return [whole - ms for ms in options]
+    def gains(site: Site, options: Sequence[Option]) -> list[float]:
+        known, ms = choices.options[site.name], times()[site.name]
+        return [ms[0] - ms[known.index(option)] for option in options]
 
     rows = measured(choices, gains, "site alone", batch, None, folder, tell)
     return {(row.site, row.op): row for row in rows}

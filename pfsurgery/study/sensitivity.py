@@ -25,6 +25,7 @@ from pfsurgery.recover.calibration import as_batch
 from pfsurgery.recover.choices import Choices, read_choices
 from pfsurgery.recover.device import typical_decision, typical_network
 from pfsurgery.recover.logs import cut_log, json_lines, read_lines
+from pfsurgery.recover.options import Option
 from pfsurgery.recover.processes import join_processes
 from pfsurgery.recover.progress import tracked
 from pfsurgery.run_folder import SETTING, check_same, note_run
@@ -36,6 +37,9 @@ from pfsurgery.study.damage import damages, judge_of, seen_of
 LINES = "sensitivity.jsonl"
 OPS = ("max_pool", "avg_pool", "shift", "identity")
 _ROUNDS = 15  # of timing the original and the changed network in turns
+
+# The ms that each of some options of a site saves.
+Gains = Callable[[Site, Sequence[Option]], Sequence[float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,7 @@ class Sensitivity:
         params: Parameters saved.
         ms: Time saved, of one batch, measured in the whole network in turns with the original (in
             a search, of the site alone).
-        seconds: Wall-clock time that all options of the site took together.
+        seconds: Wall-clock time of all options of the site that were measured together.
     """
 
     site: str
@@ -124,7 +128,7 @@ def sensitivity(
 
 def measured(
     choices: Choices,
-    gains: Callable[[Site], Sequence[float]],
+    gains: Gains,
     timed: str,
     batch: int,
     validate: Callable[[nn.Module], float] | None,
@@ -135,7 +139,7 @@ def measured(
 
     Args:
         choices: The original and the options of its sites.
-        gains: The ms that each option of a site saves, in the order of the options.
+        gains: The ms that each of some options of a site saves.
         timed: What `gains` times, in words.
         batch: Images of a batch that `gains` times.
         validate: As for `sensitivity`.
@@ -167,7 +171,8 @@ def measured(
         return judge(network), None if validate is None else validate(network)
 
     for site in _mine(tracked(left, "measuring sites")):
-        lines = _measure(choices, site, gains, measure, seen)
+        options = [o for o in _forms(choices, site) if (site.name, str(o)) not in known]
+        lines = _measure(choices, site, options, gains, measure, seen)
         rows += lines
         for line in lines:
             write(asdict(line))
@@ -182,8 +187,12 @@ def _meet() -> None:
         state.wait_for_everyone()
 
 
+def _forms(choices: Choices, site: Site) -> list[Option]:
+    return [option for option in choices.options[site.name] if option is not None]
+
+
 def _labels(choices: Choices, site: Site) -> set[tuple[str, str]]:
-    return {(site.name, str(option)) for option in choices.options[site.name] if option is not None}
+    return {(site.name, str(option)) for option in _forms(choices, site)}
 
 
 def ranked(rows: Iterable[Sensitivity]) -> tuple[Sensitivity, ...]:
@@ -194,14 +203,14 @@ def ranked(rows: Iterable[Sensitivity]) -> tuple[Sensitivity, ...]:
 def _measure(
     choices: Choices,
     site: Site,
-    gains: Callable[[Site], Sequence[float]],
+    options: Sequence[Option],
+    gains: Gains,
     measure: Callable[[nn.Module], tuple[float, float | None]],
     seen: GraphView,
 ) -> list[Sensitivity]:
     started = time.perf_counter()
-    options = [option for option in choices.options[site.name] if option is not None]
     harm = damages(choices, site, options, measure, seen)
-    saved = gains(site)
+    saved = gains(site, options)
     seconds = round(time.perf_counter() - started, 3)
     lines = []
     for option, (damage, top1), ms in zip(options, harm, saved, strict=True):
@@ -213,14 +222,14 @@ def _measure(
     return lines
 
 
-def _times_saved(choices: Choices, site: Site, *, batch: int) -> list[float]:
+def _times_saved(
+    choices: Choices, site: Site, options: Sequence[Option], *, batch: int
+) -> list[float]:
     """The ms that each option saves in the whole network, as `optimize` leaves both."""
     images = as_batch(choices.batches[0][:1], batch)
     original = optimize(choices.teacher, images)
     saved = []
-    for option in choices.options[site.name]:
-        if option is None:
-            continue
+    for option in options:
         trial = typical_network(choices.teacher, [site], {site.name: option})
         pair = {"original": original, "trial": optimize(trial, images)}
         taken = latency(pair, images, repeats=_ROUNDS)
@@ -249,7 +258,7 @@ def read_sensitivity(folder: Path) -> tuple[Sensitivity, ...]:
         if not isinstance(values, dict) or set(values) != known:
             raise SurgeryError(f"{path}, line {number}, is not a measured site; remove the line.")
         row = Sensitivity(**values)
-        rows[row.site, row.op] = row  # a site that was interrupted is measured again as a whole
+        rows[row.site, row.op] = row
     return tuple(rows.values())
 
 
