@@ -22,6 +22,7 @@ from pfsurgery.shadow import on_meta
 from pfsurgery.sites import class_name
 
 CONFIG = "config.json"
+RUN_MODEL = "model"  # where a run's folder holds its model
 WEIGHTS = "model.safetensors"
 HUB = "hf-hub:"
 _FORMAT = 1
@@ -253,6 +254,11 @@ def _read_config(directory: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))["pfsurgery"]
         form, digest = content["format"], content["sha256"]
     except OSError as error:
+        inside = directory / RUN_MODEL
+        if (inside / CONFIG).is_file():
+            raise RecordMismatchError(
+                f"{directory} is the folder of a run; its model is {inside}."
+            ) from None
         raise RecordMismatchError(
             f"{path} cannot be read: {error.strerror}. Is {directory} a folder that "
             f"pfsurgery.save wrote?"

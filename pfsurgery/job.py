@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pfsurgery.batches import unlabelled_images
 from pfsurgery.card import write_card
-from pfsurgery.checkpoint import load, save
+from pfsurgery.checkpoint import RUN_MODEL, load, save
 from pfsurgery.convert import convert
 from pfsurgery.digests import digest
 from pfsurgery.errors import DataError
@@ -46,7 +46,6 @@ from pfsurgery.select import Patterns, as_patterns
 if TYPE_CHECKING:
     from rich.table import Table
 
-MODEL_FOLDER = "model"
 _CONVERTED_FOLDER = "converted"
 _STEPS = "steps.json"
 _CALIBRATION_IMAGES = 1000
@@ -315,8 +314,8 @@ def _take_best(model: nn.Module, result: FinetuneResult) -> None:
 
 
 def _write(folder: Path, model: nn.Module, report: Report, result: FinetuneResult) -> None:
-    save(model, folder / MODEL_FOLDER)
-    write_card(folder / MODEL_FOLDER, report)
+    save(model, folder / RUN_MODEL)
+    write_card(folder / RUN_MODEL, report)
     write_text(folder / "report.md", report.to_markdown())
     write_json(folder / "report.json", report.to_dict())
     write_text(folder / "plan.json", report.plan.to_json())

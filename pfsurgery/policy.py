@@ -286,6 +286,10 @@ def get_policy(policy: PolicyLike) -> NamedPolicy:
         return Policy.from_yaml(policy)
     if isinstance(policy, str):
         known = {**_shipped(), **_REGISTRY}
+        if policy in ("budget", "bare"):
+            raise UnknownNameError(
+                f"{policy} is fitted to images: pass policy=pfsurgery.{policy}(...) and images=."
+            )
         if policy not in known:
             raise UnknownNameError(
                 f"No policy is named {policy!r}. {closest(policy, known)} "

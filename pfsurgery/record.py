@@ -45,7 +45,8 @@ def record(model: nn.Module) -> Record:
     found = _read(model)
     if found is None:
         raise RecordMismatchError(
-            f"{type(model).__name__} carries no record: it was not made by pfsurgery.convert."
+            f"{type(model).__name__} carries no record: it was not made by pfsurgery.convert, "
+            f"or is a copy that pfsurgery.optimize made for inference (save the model before)."
         )
     return found
 

@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
 from pfsurgery.attention import attention_sites
-from pfsurgery.errors import NoSitesError, ShapeError, WrappedModelError
+from pfsurgery.errors import NoSitesError, ShapeError, SurgeryError, WrappedModelError
 from pfsurgery.example import Example, example_inputs
 from pfsurgery.graph import GraphView, Orphan, view
 from pfsurgery.modularise import modularise
@@ -87,7 +87,14 @@ def _in_order(
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Raise a WrappedModelError for a model inside DDP, FSDP or `torch.compile`."""
+    """Raise a WrappedModelError for a model inside DDP, FSDP or `torch.compile`.
+
+    And a SurgeryError for what is no model.
+    """
+    if not isinstance(model, nn.Module):
+        raise SurgeryError(
+            f"Give a model, not a {type(model).__name__}; timm.create_model makes one from a name."
+        )
     for path, module in model.named_modules():
         for cls in type(module).__mro__:
             if cls.__name__ in _WRAPPERS:

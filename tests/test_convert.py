@@ -467,3 +467,19 @@ def test_a_rule_whose_name_matches_nothing_is_an_error():
     policy = Policy("typo", (Rule("keep", name="layer9.*"), Rule("max_pool")))
     with pytest.raises(PatternError, match=r"layer9"):
         plan(small(), policy)
+
+
+def test_mistakes_of_newcomers_are_explained(tmp_path):
+    with pytest.raises(SurgeryError, match="Give a model, not a str"):
+        convert("resnet18", "maxpool_all")
+    model = timm.create_model("test_resnet").eval()
+    with pytest.raises(UnknownNameError, match=r"pfsurgery.budget\(\.\.\.\) and images="):
+        convert(model, "budget")
+    with pytest.raises(PolicyError, match=r"pfsurgery\.reconstruct"):
+        convert(model, "maxpool_all", images=[torch.zeros(2, 3, 160, 160)])
+    fast = convert(model, "maxpool_all")
+    with pytest.raises(RecordMismatchError, match="save the model before"):
+        pfsurgery.save(pfsurgery.optimize(fast), tmp_path / "ready")
+    pfsurgery.save(fast, tmp_path / "run" / "model")
+    with pytest.raises(RecordMismatchError, match="folder of a run; its model is"):
+        pfsurgery.load(tmp_path / "run")

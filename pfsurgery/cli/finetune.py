@@ -71,6 +71,9 @@ def finetune(
         in_memory=in_memory,
         augmentation=Augmentation(chosen_settings.crop_scale, chosen_settings.auto_augment),
     )
+    if not json:
+        height, width = images.input_size[-2:]
+        show.line(f"reading {data} at {height}x{width} pixels")
     chosen, sites = options.chosen(
         original,
         policy,
