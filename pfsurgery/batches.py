@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from pfsurgery.data import LIGHT, Augmentation, open_data, open_part
+from pfsurgery.data import LIGHT, Augmentation, in_batches, open_data, open_part
 from pfsurgery.errors import DataError
 from pfsurgery.images import CheckedImages
 
@@ -58,11 +58,7 @@ def open_images(
             return open_data(source, model, batch_size=batch_size, augmentation=augmentation).train
         return open_part(source, model, training_part=False, batch_size=batch_size)
     if isinstance(source, Dataset) and not isinstance(source, (DataLoader, IterableDataset)):
-        number = len(source)  # type: ignore[arg-type]
-        if not number:
-            raise DataError("The data set is empty; give one that holds images.")
-        size = min(batch_size, number)
-        return DataLoader(source, batch_size=size, shuffle=training, drop_last=training)
+        return in_batches(source, batch_size, training=training)
     if not isinstance(source, Iterable):
         raise DataError(
             f"Images must be a path, a DataLoader, a Dataset or an iterable of batches, not "

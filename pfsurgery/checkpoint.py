@@ -18,11 +18,11 @@ from pfsurgery.files import write_atomically
 from pfsurgery.modularise import modularise
 from pfsurgery.record import Record, has_record, record, remember
 from pfsurgery.rewrite import Undo, apply_plan, undo
+from pfsurgery.run_folder import MODEL_FOLDER
 from pfsurgery.shadow import on_meta
 from pfsurgery.sites import class_name
 
 CONFIG = "config.json"
-RUN_MODEL = "model"  # where a run's folder holds its model
 WEIGHTS = "model.safetensors"
 HUB = "hf-hub:"
 _FORMAT = 1
@@ -254,7 +254,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))["pfsurgery"]
         form, digest = content["format"], content["sha256"]
     except OSError as error:
-        inside = directory / RUN_MODEL
+        inside = directory / MODEL_FOLDER
         if (inside / CONFIG).is_file():
             raise RecordMismatchError(
                 f"{directory} is the folder of a run; its model is {inside}."

@@ -203,21 +203,33 @@ def open_part(
     training = augmentation is not None
     if str(source) == "digits":
         embedded = _checked_digits(model)
-        held = embedded.train if training_part else embedded.val
-        size = min(batch_size, len(held))
-        return DataLoader(held, batch_size=size, shuffle=training, drop_last=training)
+        part = embedded.train if training_part else embedded.val
+        return in_batches(part, batch_size, training=training)
     config = _data_config(model)
     if _is_named(source):
         train, val = open_named(str(source), config["input_size"], None)
-        part = train if training_part else val
+        named = train if training_part else val
         if labelled:
-            _check_class_count(source, len(_class_names(part)), config["num_classes"])
-        return _loader(part, config, batch_size, None, augmentation)
+            _check_class_count(source, len(_class_names(named)), config["num_classes"])
+        return _loader(named, config, batch_size, None, augmentation)
     path = _existing(source, _TRAIN_NAMES if training_part else _VAL_NAMES)
     images = open_reader(path, config["input_size"], training=training, labelled=labelled)
     if labelled:
         _check_class_count(source, len(images.classes), config["num_classes"])
     return _loader(images, config, batch_size, None, augmentation)
+
+
+def in_batches(images: Dataset[Any], batch_size: int, *, training: bool) -> DataLoader[Any]:
+    """A loader of a data set: for training shuffled, without an incomplete last batch.
+
+    Raises:
+        DataError: The data set is empty.
+    """
+    number = len(images)  # type: ignore[arg-type]
+    if not number:
+        raise DataError("The data set is empty; give one that holds images.")
+    size = min(batch_size, number)
+    return DataLoader(images, batch_size=size, shuffle=training, drop_last=training)
 
 
 def _split(labels: Sequence[int], every: int) -> tuple[list[int], list[int]]:
@@ -369,10 +381,9 @@ def _checked_digits(model: nn.Module | Mapping[str, Any]) -> ImageSet:
 
 def _digits_loaders(model: nn.Module | Mapping[str, Any], batch_size: int) -> OpenedData:
     data = _checked_digits(model)
-    size = min(batch_size, len(data.train))
     return OpenedData(
-        train=DataLoader(data.train, batch_size=size, shuffle=True, drop_last=True),
-        val=DataLoader(data.val, batch_size=batch_size),
+        train=in_batches(data.train, batch_size, training=True),
+        val=in_batches(data.val, batch_size, training=False),
         classes=data.classes,
         input_size=data.input_size,
     )

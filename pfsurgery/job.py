@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pfsurgery.batches import unlabelled_images
 from pfsurgery.card import write_card
-from pfsurgery.checkpoint import RUN_MODEL, load, save
+from pfsurgery.checkpoint import load, save
 from pfsurgery.convert import convert
 from pfsurgery.digests import digest
 from pfsurgery.errors import DataError
@@ -40,7 +40,7 @@ from pfsurgery.recover import (
 from pfsurgery.recover.finetune import check_run
 from pfsurgery.recover.processes import first_process_first, training_device
 from pfsurgery.recover.state import placement, writable_folder
-from pfsurgery.run_folder import SETTING, check_same, note_run, write_json
+from pfsurgery.run_folder import MODEL_FOLDER, SETTING, check_same, note_run, write_json
 from pfsurgery.select import Patterns, as_patterns
 
 if TYPE_CHECKING:
@@ -314,8 +314,8 @@ def _take_best(model: nn.Module, result: FinetuneResult) -> None:
 
 
 def _write(folder: Path, model: nn.Module, report: Report, result: FinetuneResult) -> None:
-    save(model, folder / RUN_MODEL)
-    write_card(folder / RUN_MODEL, report)
+    save(model, folder / MODEL_FOLDER)
+    write_card(folder / MODEL_FOLDER, report)
     write_text(folder / "report.md", report.to_markdown())
     write_json(folder / "report.json", report.to_dict())
     write_text(folder / "plan.json", report.plan.to_json())

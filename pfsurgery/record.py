@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx, nn
 
 from pfsurgery.errors import RecordMismatchError
-from pfsurgery.plan import Plan
+from pfsurgery.plan import Decision, Plan
 
 _ATTRIBUTE = "_pfsurgery_record"
 
@@ -22,6 +22,11 @@ class Record:
     """
 
     plans: tuple[Plan, ...]
+
+    @property
+    def replaced(self) -> tuple[Decision, ...]:
+        """What all plans replaced."""
+        return tuple(decision for plan in self.plans for decision in plan.replaced)
 
     def to_dict(self) -> dict[str, Any]:
         """The record as JSON-ready values; sites that were kept are left out."""

@@ -20,6 +20,7 @@ from pfsurgery.files import write_text
 
 RUN = "run.json"
 SETTING = "setting.json"
+MODEL_FOLDER = "model"  # in the folder of a fine-tuning
 Kind = Literal["finetune", "sensitivity", "search", "layer", "nas", "robustness"]
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from pfsurgery.checkpoint import RUN_MODEL
 from pfsurgery.job import Report
 from pfsurgery.policy import Tell
+from pfsurgery.run_folder import MODEL_FOLDER
 
 
 def line(text: str) -> None:
@@ -57,7 +57,7 @@ def report(result: Report, out: Path, as_json: bool) -> None:
     console.print(
         f"\nModel, report and figure are in [bold]{out}[/]. To use the model:\n\n"
         f"    import pfsurgery\n"
-        f"    model = pfsurgery.load({str(out / RUN_MODEL)!r})\n"
+        f"    model = pfsurgery.load({str(out / MODEL_FOLDER)!r})\n"
         f"    logits = model(images)\n",
         soft_wrap=True,
         highlight=False,

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from pfsurgery.plan import Decision
 from pfsurgery.record import has_record, record
 
 
@@ -17,12 +16,10 @@ class Block:
     Attributes:
         output: Path of the module whose output is the block's.
         modules: Paths of the modules that make it up; what is below them belongs to it too.
-        sites: What was replaced in it.
     """
 
     output: str
     modules: tuple[str, ...]
-    sites: tuple[Decision, ...]
 
 
 def changed_blocks(model: nn.Module) -> tuple[Block, ...]:
@@ -31,17 +28,14 @@ def changed_blocks(model: nn.Module) -> tuple[Block, ...]:
         return ()
     paths = {path for path, _ in model.named_modules()}
     found: dict[str, Block] = {}
-    for plan in record(model).plans:
-        for decision in plan.replaced:
-            site = decision.site
-            branch = site.neighbours.branch
-            own = tuple(path for path in (*site.names, *site.neighbours.tail) if path in paths)
-            modules = (branch,) if branch and branch in paths else own
-            if not modules:
-                continue
-            output = modules[-1]
-            before = found[output].sites if output in found else ()
-            found[output] = Block(output, modules, (*before, decision))
+    for decision in record(model).replaced:
+        site = decision.site
+        branch = site.neighbours.branch
+        own = tuple(path for path in (*site.names, *site.neighbours.tail) if path in paths)
+        modules = (branch,) if branch and branch in paths else own
+        if not modules:
+            continue
+        found[modules[-1]] = Block(modules[-1], modules)
     return tuple(found.values())
 
 

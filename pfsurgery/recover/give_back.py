@@ -85,8 +85,7 @@ def _replaced_below(model: nn.Module, paths: Sequence[str]) -> tuple[str, ...]:
     """Names of the replaced sites at these paths or inside: a block may hold others."""
     return tuple(
         decision.site.name
-        for plan in record(model).plans
-        for decision in plan.replaced
+        for decision in record(model).replaced
         if any(f"{decision.site.name}.".startswith(f"{path}.") for path in paths)
     )
 

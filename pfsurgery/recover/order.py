@@ -108,7 +108,8 @@ class EpochOrder(Sampler[list[Any]]):
     def sizes(self) -> set[int]:
         """How many images batches hold."""
         rest = self.images - (self.batches - 1) * self.batch_size * self.processes
-        return {min(self.batch_size, rest), *([self.batch_size] if self.batches > 1 else [])}
+        last = min(self.batch_size, rest)
+        return {self.batch_size, last} if self.batches > 1 else {last}
 
     def start(self, epoch: int, batch: int) -> None:
         """The next iteration is of this epoch, without the batches before `batch`."""

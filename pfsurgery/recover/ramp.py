@@ -34,8 +34,7 @@ class Ramp:
     def __init__(self, student: nn.Module, teacher: nn.Module, steps: int) -> None:
         self.steps = steps
         self.alpha = torch.zeros((), device=next(student.parameters()).device)
-        plans = record(student).plans if has_record(student) else ()
-        replaced = [decision for plan in plans for decision in plan.replaced]
+        replaced = record(student).replaced if has_record(student) else ()
         if not replaced:
             raise TrainingError(
                 "ramp is set, but the model has no replaced site. Give a model that "

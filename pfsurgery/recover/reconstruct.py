@@ -47,7 +47,7 @@ def reconstruct(
         RecordMismatchError: The model was not made by `convert`, or not from `teacher`.
         DataError: There is no image, or a value is not finite.
     """
-    decisions = [d for plan in record(model).plans for d in plan.replaced]
+    decisions = record(model).replaced
     batches, judges = hold_out(calibration_batches(images, model))
     student, original = frozen_copy(model), frozen_copy(teacher)
     recalibrate(student, batches)
