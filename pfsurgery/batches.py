@@ -122,10 +122,16 @@ def split_batch(batch: object) -> tuple[Tensor, Tensor | None]:
     """Images (N, C, H, W) and labels (N,) of a batch; None for the labels where it has none.
 
     Raises:
-        DataError: The batch holds no tensor of four dimensions in first place.
+        DataError: The batch holds no tensor of four dimensions in first place, or one of integers.
     """
     parts = list(batch) if isinstance(batch, Sequence) else [batch]
     if parts and isinstance(parts[0], Tensor) and parts[0].dim() == 4:
+        if not parts[0].is_floating_point():
+            raise DataError(
+                f"The images are {str(parts[0].dtype).removeprefix('torch.')}; give floats, scaled "
+                f"and normalised as the model was trained (for timm's models: divided by 255, then "
+                f"with mean and std of timm.data.resolve_model_data_config(model))."
+            )
         labels = parts[1] if len(parts) > 1 else None
         return parts[0], None if labels is None else torch.as_tensor(labels)
     found = type(batch).__name__

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pfsurgery.base import Base, base_of, set_base
 from pfsurgery.errors import PolicyError, RecordMismatchError, SurgeryError, closest
+from pfsurgery.example import image_config, set_image_config
 from pfsurgery.files import write_atomically
 from pfsurgery.modularise import modularise
 from pfsurgery.record import Record, has_record, record, remember
@@ -57,7 +58,7 @@ def save(model: nn.Module, directory: str | Path, *, base: Base | None = None) -
         "format": _FORMAT,
         "base": base.to_dict() if base else None,
         "record": done.to_dict(),
-        "images": _image_config(model),
+        "images": image_config(model),
         "modules": _fingerprint(model),
         "versions": _versions(),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
@@ -119,9 +120,9 @@ def load(
         model.load_state_dict(dict(state))
     for plan in done.plans:
         remember(model, plan)
-    if content.get("images") and isinstance(getattr(model, "pretrained_cfg", None), dict):
+    if content.get("images"):
         images = {k: tuple(v) if isinstance(v, list) else v for k, v in content["images"].items()}
-        model.pretrained_cfg = {**model.pretrained_cfg, **images}  # type: ignore[dict-item,assignment]
+        set_image_config(model, images)
     with suppress(NotImplementedError):  # what torch.export makes has no modes
         model.eval()
     return model.to(device)
@@ -228,13 +229,6 @@ def _check_fingerprint(model: nn.Module, saved: Mapping[str, str], directory: Pa
                 f"{directory / CONFIG} has there: the model was built with other arguments. Pass "
                 f"the unconverted model as base=."
             )
-
-
-def _image_config(model: nn.Module) -> dict[str, Any]:
-    """What images the model expects, as timm's configuration on it states."""
-    config = getattr(model, "pretrained_cfg", None)
-    keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-    return {key: config[key] for key in keys if key in config} if isinstance(config, dict) else {}
 
 
 def _versions() -> dict[str, str]:

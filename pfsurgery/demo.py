@@ -12,6 +12,7 @@ from torch import nn
 from pfsurgery.base import Base, set_base
 from pfsurgery.convert import plan
 from pfsurgery.data import ImageSet, digits
+from pfsurgery.example import set_image_config
 from pfsurgery.job import Report, run_job
 from pfsurgery.policy import DataPolicy, PolicyLike, Tell
 from pfsurgery.recover import FinetuneConfig, finetune
@@ -67,12 +68,8 @@ def _network(data: ImageSet, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         model = NETWORK.build()
     set_base(model, NETWORK)
-    model.pretrained_cfg = {  # type: ignore[assignment]
-        **model.pretrained_cfg,  # type: ignore[dict-item]
-        "input_size": data.input_size,
-        "mean": data.mean,
-        "std": data.std,
-    }
+    seen = {"input_size": data.input_size, "mean": data.mean, "std": data.std}
+    set_image_config(model, seen)
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -46,13 +47,28 @@ def default_input_size(model: nn.Module) -> tuple[int, int, int]:
 
     A first convolution with many input channels stands behind a transform of the image.
     """
-    config = getattr(model, "pretrained_cfg", None)
-    size = config.get("input_size") if isinstance(config, dict) else None
-    channels, height, width = size or _DEFAULT_SIZE
+    channels, height, width = _timm_config(model).get("input_size") or _DEFAULT_SIZE
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if first is not None and reads_image(first):
         channels = first.in_channels
     return int(channels), int(height), int(width)
+
+
+def image_config(model: nn.Module) -> dict[str, Any]:
+    """What images `model` expects, as timm's configuration on it states."""
+    config = _timm_config(model)
+    keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+    return {key: config[key] for key in keys if key in config}
+
+
+def set_image_config(model: nn.Module, images: Mapping[str, Any]) -> None:
+    """Note what images `model` expects, where timm does."""
+    model.pretrained_cfg = {**_timm_config(model), **images}  # type: ignore[assignment]
+
+
+def _timm_config(model: nn.Module) -> dict[str, Any]:
+    config = getattr(model, "pretrained_cfg", None)
+    return config if isinstance(config, dict) else {}
 
 
 def reads_image(first: nn.Conv2d) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ from pfsurgery.recover import (
     reconstruct,
     snapshot,
 )
+from pfsurgery.recover.evaluate import logits_of
 from pfsurgery.recover.finetune import check_run
 from pfsurgery.recover.processes import first_process_first, training_device
 from pfsurgery.recover.state import placement, writable_folder
@@ -46,9 +48,12 @@ from pfsurgery.select import Patterns, as_patterns
 if TYPE_CHECKING:
     from rich.table import Table
 
+_log = logging.getLogger(__name__)
+
 _CONVERTED_FOLDER = "converted"
 _STEPS = "steps.json"
 _CALIBRATION_IMAGES = 1000
+_NEAR_CHANCE = 1.25
 _MOST_BYTES = 400_000_000
 
 
@@ -190,7 +195,10 @@ def run_job(
                 example = first_images(unlabelled_images(train, original), 1)[0][:1]
             else:
                 step("original", lambda: original, original)
-                fast, example = _surgery(original, policy, include, exclude, train, step, tell)
+                images = first_images(unlabelled_images(train, original), _CALIBRATION_IMAGES)
+                example = images[0][:1].to(placement(original)[0])
+                _check_original(original, example, steps[0].accuracy)
+                fast = _surgery(original, policy, include, exclude, images, step, tell)
                 save(fast, folder / _CONVERTED_FOLDER)
                 _write_steps(folder, steps)
         tell("fine-tuning")
@@ -262,25 +270,37 @@ def _surgery(
     policy: Plan | DataPolicy,
     include: Patterns,
     exclude: Patterns,
-    train: Any,
+    images: list[Tensor],
     step: Callable[[str, Callable[[], Any], nn.Module], Any],
     tell: Tell,
-) -> tuple[nn.Module, Tensor]:
-    """Convert and recover as far as it goes without training; the model and one image."""
-    images = first_images(unlabelled_images(train, original), _CALIBRATION_IMAGES)
+) -> nn.Module:
+    """Convert and recover as far as it goes without training."""
     example = images[0][:1].to(placement(original)[0])
     if not isinstance(policy, Plan):
         fit = partial(convert, original, policy, include=include, exclude=exclude, tell=tell)
         fitted: nn.Module = step(
             "fitted to images", lambda: fit(example=example, images=images), original
         )
-        return fitted, example
+        return fitted
     fast: nn.Module = step(
         "after surgery", lambda: convert(original, policy, example=example), original
     )
     step("norms re-estimated", lambda: _quietly(recalibrate, fast, images), fast)
     step("refitted", lambda: _quietly(reconstruct, fast, original, images, tell=tell), fast)
-    return fast, example
+    return fast
+
+
+def _check_original(original: nn.Module, example: Tensor, accuracy: Accuracy) -> None:
+    """Warn where there is nothing to keep: a teacher that guesses is most often a mistake."""
+    with torch.no_grad():
+        classes = logits_of(original.eval(), example).shape[1]
+    if accuracy.top1 <= _NEAR_CHANCE * 100 / classes:
+        _log.warning(
+            "The original is right on %.2f %% of the validation images, near chance for its %d "
+            "classes. Check its weights, the order of its classes, and the size and normalisation "
+            "of the images (pretrained_cfg; --size on the command line).",
+            *(accuracy.top1, classes),
+        )
 
 
 def _quietly(work: Callable[..., object], *args: Any, **kwargs: Any) -> None:

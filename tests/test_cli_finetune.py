@@ -26,7 +26,7 @@ cli, folder = test_cli.cli, test_cli.folder
 
 BASE = (
     *("finetune", "--model", "test_resnet", "--num-classes", 2, "--no-pretrained"),
-    *("--model-kwarg", 'pretrained_cfg_overlay={"input_size": [3, 32, 32]}'),
+    *("--size", 32),
 )
 SHORT = (*BASE, "--policy", "maxpool_deep", "--workers", 0, "--batch-size", 4, "--max-steps", 2)
 
@@ -149,6 +149,23 @@ def test_all_options_together_from_a_file_and_the_command_line(cli, folder, tmp_
     again = cli("eval", "--model", out / "model", "--data", folder, "--json")
     report = json.loads((out / "report.json").read_text())
     assert json.loads(again.out)["top1"] == report["steps"][-1]["accuracy"]["top1"]
+
+
+def test_a_model_that_guesses_is_told_of(cli, folder, tmp_path, caplog):
+    model = timm.create_model("test_resnet", num_classes=2)
+    right_of_half = {"fc.weight": torch.zeros(2, 96), "fc.bias": torch.tensor([1.0, 0.0])}
+    model.load_state_dict(right_of_half, strict=False)
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    out = tmp_path / "run"
+    result = cli(
+        *("finetune", "--model", "test_resnet", "--num-classes", 2, "--size", 40),
+        *("--checkpoint", tmp_path / "weights.safetensors", "--policy", "maxpool_deep"),
+        *("--data", folder, "--out", out, "--workers", 0, "--batch-size", 4, "--max-steps", 1),
+    )
+    assert result.code == 0, result.err
+    assert "right on 50.00 % of the validation images, near chance for its 2 classes" in caplog.text
+    assert "at 40x40 pixels" in result.out
+    assert load(out / "model").pretrained_cfg["input_size"] == (3, 40, 40)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -298,6 +299,15 @@ def test_progress_is_shown_only_when_asked_for(model, data, capsys):
     assert output.out == ""
 
 
+def test_outside_a_terminal_a_long_run_tells_where_it_is(model, data, capsys, monkeypatch):
+    monkeypatch.setattr("pfsurgery.recover.progress._SECONDS_PER_LINE", 0.0)
+    finetune(model, train=few(data.train), config=SHORT)
+    lines = capsys.readouterr().err.splitlines()
+    total = lines[-1].split()[0]
+    assert re.fullmatch(r"(\d+)/\1", total)
+    assert all("images/s" in line for line in lines[1:])
+
+
 def test_a_failed_write_leaves_the_earlier_weights(tmp_path, monkeypatch):
     path = tmp_path / "weights.safetensors"
     write_weights({"a": torch.ones(3)}, path)
@@ -330,6 +340,8 @@ def test_what_is_refused_before_training(model, data, tmp_path):
         finetune(timm.create_model("test_resnet", num_classes=4), train=train)
     with pytest.raises(DataError, match="no labels"):
         finetune(model, train=[train.tensors[0]])
+    with pytest.raises(DataError, match="images are uint8; give floats"):
+        finetune(model, train=[(train.tensors[0].to(torch.uint8), train.tensors[1])])
     with pytest.raises(DataError, match="no batch"):
         finetune(model, train=[])
     with pytest.raises(DataError, match="There is no"):

@@ -38,10 +38,10 @@ def compare(
     """
     if (after is None) == (policy is None):
         raise typer.BadParameter("Give either --after MODEL or --policy POLICY.")
-    before = options.opened(model, False, None, num_classes, model_kwarg)
+    before = options.opened(model, False, None, num_classes, model_kwarg, size)
     if policy is not None:
-        chosen = options.planned(before, policy, size=size)
-        fast = convert(before, chosen, example=options.example_of(before, size))
+        chosen = options.planned(before, policy)
+        fast = convert(before, chosen, example=options.example_of(before))
     else:
         saved = Path(str(after)).is_dir()  # a saved model has arguments of its own
         classes, kwargs = (None, None) if saved else (num_classes, model_kwarg)
@@ -49,7 +49,7 @@ def compare(
     result = compare_models(
         before,
         fast,
-        options.example_of(before, size, batch),
+        options.example_of(before, batch),
         repeats=repeats,
         memory_format="channels_last" if channels_last else None,
         optimized=optimized,

@@ -54,7 +54,7 @@ def convert(
             f"--data goes with --policy {' or '.join(options.FITTED)}, which are fitted to images. "
             f"To win accuracy back after another one, use pfsurgery recover or finetune."
         )
-    net = options.opened(model, pretrained, checkpoint, num_classes, model_kwarg)
+    net = options.opened(model, pretrained, checkpoint, num_classes, model_kwarg, size)
     chosen, sites = options.chosen(
         net,
         policy,
@@ -63,7 +63,6 @@ def convert(
         latency=latency,
         thin=thin,
         pointwise=pointwise,
-        size=size,
         include=include,
         exclude=exclude,
         mixing=mixing,
@@ -71,7 +70,7 @@ def convert(
     fast = convert_model(
         net,
         chosen,
-        example=options.example_of(net, size),
+        example=options.example_of(net),
         images=None if data is None else first_images(unlabelled_images(data, net), number),
         tell=show.timed(),
         **sites,

@@ -48,6 +48,7 @@ def finetune(
     mixing: options.Mixing = "auto",
     num_classes: options.NumClasses = None,
     model_kwarg: options.ModelKwarg = None,
+    size: options.Size = None,
     json: options.Json = False,
 ) -> None:
     """Convert a model, win its accuracy back with the original as teacher, report what was saved.
@@ -61,7 +62,7 @@ def finetune(
     check_backend(chosen_settings)
     writable_folder(out)
     join_processes()
-    original = options.opened(model, pretrained, checkpoint, num_classes, model_kwarg)
+    original = options.opened(model, pretrained, checkpoint, num_classes, model_kwarg, size)
     images = open_data(
         data,
         original,

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from pfsurgery.convert import plan as make_plan
 from pfsurgery.errors import PolicyError, ShapeError, SurgeryError
+from pfsurgery.example import default_input_size, set_image_config
 from pfsurgery.models import open_model
 from pfsurgery.plan import Plan
 from pfsurgery.policy import DataPolicy
@@ -75,7 +77,11 @@ Mixing = Annotated[
     str, typer.Option(help="never: keep sites that would need a pointwise convolution.")
 ]
 Size = Annotated[
-    int | None, typer.Option(help="Height and width of the example image, in pixels.", min=1)
+    int | None,
+    typer.Option(
+        help="Height and width of the model's images, in pixels, where they are not its default.",
+        min=1,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Top1 = Annotated[
@@ -96,15 +102,20 @@ def opened(
     checkpoint: Path | None,
     num_classes: int | None,
     model_kwarg: list[str] | None,
+    size: int | None = None,
 ) -> nn.Module:
     """The model that the options describe."""
-    return open_model(
+    net = open_model(
         model,
         pretrained=pretrained,
         checkpoint=checkpoint,
         num_classes=num_classes,
         kwargs=dict(_pair(text) for text in model_kwarg or []),
     )
+    if size is not None:
+        channels = default_input_size(net)[0]
+        set_image_config(net, {"input_size": (channels, size, size)})
+    return net
 
 
 def _pair(text: str) -> tuple[str, Any]:
@@ -121,7 +132,6 @@ def planned(
     model: nn.Module,
     policy: str,
     *,
-    size: int | None = None,
     include: list[str] | None = None,
     exclude: list[str] | None = None,
     mixing: str = "auto",
@@ -140,7 +150,7 @@ def planned(
     return make_plan(
         model,
         policy,
-        example=example_of(model, size),
+        example=example_of(model),
         include=include or None,
         exclude=exclude or None,
         mixing=mixing,  # type: ignore[arg-type]
@@ -156,7 +166,6 @@ def chosen(
     latency: str | None = None,
     thin: bool = True,
     pointwise: bool = False,
-    size: int | None = None,
     include: list[str] | None = None,
     exclude: list[str] | None = None,
     mixing: str = "auto",
@@ -168,7 +177,7 @@ def chosen(
     if policy != "budget":
         refuse_limits(macs=macs, params=params, latency=latency, thin=thin, pointwise=pointwise)
     if policy not in FITTED:
-        plan = planned(model, policy, size=size, include=include, exclude=exclude, mixing=mixing)
+        plan = planned(model, policy, include=include, exclude=exclude, mixing=mixing)
         return plan, {}
     if mixing != "auto":
         raise PolicyError(f"--mixing does not go with --policy {policy}, which adds what it needs.")
@@ -187,19 +196,12 @@ def refuse_limits(**given: str | bool | None) -> None:
         raise PolicyError(f"{named} goes with --policy budget.")
 
 
-def example_of(model: nn.Module, size: int | None, batch: int = 1) -> Any:
-    """An example of `batch` images of `size` x `size` pixels, of the model's own size if None."""
-    import torch
-
-    from pfsurgery.example import default_input_size
-
-    channels, height, width = default_input_size(model)
-    if size is not None:
-        height = width = size
+def example_of(model: nn.Module, batch: int = 1) -> Tensor:
+    """A batch of black images of the size that the model was made for."""
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise ShapeError(f"{type(model).__name__} has no parameters.")
-    return torch.zeros(batch, channels, height, width, dtype=parameter.dtype)
+    return torch.zeros(batch, *default_input_size(model), dtype=parameter.dtype)
 
 
 def validation(data: str, wanted: bool) -> Callable[[nn.Module], float] | None:

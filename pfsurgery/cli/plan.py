@@ -27,10 +27,8 @@ def plan(
 
     Example: pfsurgery plan --model resnet50 --policy eff_hybrid --exclude "layer1.*"
     """
-    net = options.opened(model, False, None, num_classes, model_kwarg)
-    chosen = options.planned(
-        net, policy, size=size, include=include, exclude=exclude, mixing=mixing
-    )
+    net = options.opened(model, False, None, num_classes, model_kwarg, size)
+    chosen = options.planned(net, policy, include=include, exclude=exclude, mixing=mixing)
     if out is not None:
         try:
             out.write_text(chosen.to_json(), encoding="utf-8")

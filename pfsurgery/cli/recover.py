@@ -56,22 +56,20 @@ def recover(
             f"{policy} is fitted to images while it converts, which leaves nothing to recover: "
             f"use pfsurgery convert."
         )
-    if policy is None and (include or exclude or mixing != "auto" or size):
+    if policy is None and (include or exclude or mixing != "auto"):
         raise PolicyError(
-            "--include, --exclude, --mixing and --size go with --policy; without one, the model "
-            "was converted before."
+            "--include, --exclude and --mixing go with --policy; without one, the model was "
+            "converted before."
         )
     writable_folder(out)
     if policy is None:
-        fast = options.opened(model, False, None, num_classes, model_kwarg)
+        fast = options.opened(model, False, None, num_classes, model_kwarg, size)
         record(fast)
         original = open_original(fast, pretrained=pretrained, checkpoint=checkpoint)
     else:
-        original = options.opened(model, pretrained, checkpoint, num_classes, model_kwarg)
-        chosen = options.planned(
-            original, policy, size=size, include=include, exclude=exclude, mixing=mixing
-        )
-        fast = convert(original, chosen, example=options.example_of(original, size))
+        original = options.opened(model, pretrained, checkpoint, num_classes, model_kwarg, size)
+        chosen = options.planned(original, policy, include=include, exclude=exclude, mixing=mixing)
+        fast = convert(original, chosen, example=options.example_of(original))
     images = first_images(unlabelled_images(data, fast), number)
     refits = reconstruct(fast, original, images, tell=show.silent if json else show.timed())
     save(fast, out)

@@ -18,6 +18,6 @@ def scan(
 
     Example: pfsurgery scan --model mobilenetv2_100
     """
-    net = options.opened(model, False, None, num_classes, model_kwarg)
-    sites = scan_model(net, options.example_of(net, size), attention=True)
+    net = options.opened(model, False, None, num_classes, model_kwarg, size)
+    sites = scan_model(net, options.example_of(net), attention=True)
     options.emit(site_table(sites), json, [site.to_dict() for site in sites])

@@ -61,6 +61,7 @@ def search(
     exclude: options.Exclude = None,
     num_classes: options.NumClasses = None,
     model_kwarg: options.ModelKwarg = None,
+    size: options.Size = None,
 ) -> None:
     """Convert within a budget that is spent by the measured damage of each site's forms.
 
@@ -74,7 +75,7 @@ def search(
         raise PolicyError(f"--method is {' or '.join(_METHODS)}, not {method!r}.")
     policy = _policy(budget, batch, thin)
     writable_folder(out)
-    net = options.opened(model, pretrained, checkpoint, num_classes, model_kwarg)
+    net = options.opened(model, pretrained, checkpoint, num_classes, model_kwarg, size)
     images = first_images(unlabelled_images(data, net), number)
     work: Callable[..., Found] = search_model
     if method == "optuna":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -9,6 +11,7 @@ from typing import Any, TypeVar
 Show = Callable[[int, str], None]
 Write = Callable[[dict[str, Any]], None]
 Item = TypeVar("Item")
+_SECONDS_PER_LINE = 30.0
 
 
 @contextmanager
@@ -17,8 +20,12 @@ def progress_bar(total: int, shown: bool | None) -> Iterator[Show]:
 
     Args:
         total: Number of steps.
-        shown: Whether to draw it; None means only where a terminal is attached.
+        shown: Whether to draw it; None means where a terminal is attached, and elsewhere (a
+            notebook, a log file) a line every half a minute.
     """
+    if shown is None and not sys.stderr.isatty():
+        yield _lines(total)
+        return
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -29,21 +36,33 @@ def progress_bar(total: int, shown: bool | None) -> Iterator[Show]:
     )
     from rich.table import Column
 
-    console = Console(stderr=True)
-    visible = console.is_terminal if shown is None else shown
     columns = (
         BarColumn(bar_width=10),
         MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=7)),
         TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
         TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
     )
-    with Progress(*columns, console=console, disable=not visible) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=shown is False) as progress:
         task = progress.add_task("", total=total)
         yield lambda step, text: progress.update(task, completed=step, description=text)
 
 
+def _lines(total: int) -> Show:
+    start = last = time.monotonic()
+
+    def show(step: int, text: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= _SECONDS_PER_LINE:
+            last = now
+            print(f"{step}/{total} after {now - start:.0f} s, {text}", file=sys.stderr)
+
+    return show
+
+
 def tracked(items: Sequence[Item], what: str) -> Iterator[Item]:
-    """The items one by one, under a bar on the standard error where a terminal is attached.
+    """The items one by one, under a progress bar (see `progress_bar`).
 
     Args:
         items: What is worked on, one step each.

@@ -39,6 +39,7 @@ def sensitivity(
     exclude: options.Exclude = None,
     num_classes: options.NumClasses = None,
     model_kwarg: options.ModelKwarg = None,
+    size: options.Size = None,
     json: options.Json = False,
 ) -> None:
     """Change each site alone, in each way, repair it, and rank the changes by damage for gain.
@@ -46,7 +47,7 @@ def sensitivity(
     Example: pfsurgery study sensitivity --model resnet50 --data imagenet/ --out run/
     """
     writable_folder(out)
-    net = options.opened(model, pretrained, checkpoint, num_classes, model_kwarg)
+    net = options.opened(model, pretrained, checkpoint, num_classes, model_kwarg, size)
     rows = measure_sensitivity(
         net,
         first_images(unlabelled_images(data, net), number),
