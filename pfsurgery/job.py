@@ -52,7 +52,6 @@ _log = logging.getLogger(__name__)
 
 _CONVERTED_FOLDER = "converted"
 _STEPS = "steps.json"
-_CALIBRATION_IMAGES = 1000
 _NEAR_CHANCE = 1.25
 _MOST_BYTES = 400_000_000
 
@@ -131,6 +130,7 @@ def run_job(
     val: Any,
     out: str | Path,
     config: FinetuneConfig | None = None,
+    images: int = 1000,
     resume: bool = False,
     tell: Tell = lambda line: None,
     include: Patterns = None,
@@ -138,7 +138,7 @@ def run_job(
 ) -> tuple[nn.Module, Report]:
     """Convert `original`, recover it, and write model and report to `out`.
 
-    Up to 1,000 training images, without their labels, serve to re-estimate norm statistics and to
+    The first training images, without their labels, serve to re-estimate norm statistics and to
     refit layers in closed form (`reconstruct`; a budget is fitted to them from the start). Then the
     model is fine-tuned with the original as its teacher; the best weights on `val` are kept. `out`
     receives `model/` (see `save`) with a model card, `report.md`, `report.json`, `plan.json`,
@@ -156,6 +156,7 @@ def run_job(
         val: Validation images with labels.
         out: Folder, made if it is missing.
         config: Settings of the fine-tuning.
+        images: How many images to re-estimate and refit with, before the fine-tuning.
         resume: Whether to continue where an earlier run in `out` ended, if there was one.
         tell: Called with a line of text as each step begins.
         include: With a budget: patterns of the sites that may change; a plan knows.
@@ -186,7 +187,8 @@ def run_job(
         with first_process_first() as first:
             continued = (folder / _STEPS).exists() and (resume or not first)
             if first:
-                _begin(folder, _asked(original, policy, include, exclude), continued)
+                asked = _asked(original, policy, images, include, exclude)
+                _begin(folder, asked, continued)
                 note_run(folder, "finetune", model=original)
             if continued:
                 tell("taking over what was converted before")
@@ -195,10 +197,10 @@ def run_job(
                 example = first_images(unlabelled_images(train, original), 1)[0][:1]
             else:
                 step("original", lambda: original, original)
-                images = first_images(unlabelled_images(train, original), _CALIBRATION_IMAGES)
-                example = images[0][:1].to(placement(original)[0])
+                seen = first_images(unlabelled_images(train, original), images)
+                example = seen[0][:1].to(placement(original)[0])
                 _check_original(original, example, steps[0].accuracy)
-                fast = _surgery(original, policy, include, exclude, images, step, tell)
+                fast = _surgery(original, policy, include, exclude, seen, step, tell)
                 save(fast, folder / _CONVERTED_FOLDER)
                 _write_steps(folder, steps)
         tell("fine-tuning")
@@ -233,7 +235,11 @@ def _moved(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def _asked(
-    original: nn.Module, policy: Plan | DataPolicy, include: Patterns, exclude: Patterns
+    original: nn.Module,
+    policy: Plan | DataPolicy,
+    images: int,
+    include: Patterns,
+    exclude: Patterns,
 ) -> dict[str, Any]:
     """What `converted/` was made from, for a run that is continued."""
     plan = hashlib.sha256(policy.to_json().encode()) if isinstance(policy, Plan) else None
@@ -242,6 +248,7 @@ def _asked(
         "policy": policy.policy if isinstance(policy, Plan) else policy.name,
         "plan": None if plan is None else plan.hexdigest()[:16],
         "pointwise": not isinstance(policy, Plan) and policy.pointwise,
+        "images": images,
         "include": list(as_patterns(include)),
         "exclude": list(as_patterns(exclude)),
     }

@@ -37,9 +37,10 @@ def site_table(sites: Iterable[Site]) -> Table:
     """One row a site: what it is and what stands around it."""
     table = Table(title="Sites", title_justify="left")
     for column in ("site", "kind", "geometry", "input", "stage", "calls"):
-        table.add_column(column, justify="right" if column in ("stage", "calls") else "left")
+        right = column in ("stage", "calls")
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
     table.add_column("MACs", justify="right")
-    table.add_column("notes")
+    table.add_column("notes", overflow="fold")
     for site in sites:
         around = site.neighbours
         notes = [
@@ -74,9 +75,8 @@ def plan_table(plan: Plan) -> Table:
     parameters = sum(d.parameters_saved for d in plan)
     macs = sum(d.macs_saved for d in plan)
     table.add_column("site", "total", overflow="fold")
-    table.add_column("kind")
-    table.add_column("geometry")
-    table.add_column("becomes")
+    for column in ("kind", "geometry", "becomes"):
+        table.add_column(column, overflow="fold")
     table.add_column("params saved", amount(parameters), justify="right")
     table.add_column("MACs saved", amount(macs), justify="right")
     table.add_column("reason", overflow="fold")

@@ -310,11 +310,15 @@ def test_a_latency_budget_is_spent_on_this_device(images):
 
 
 @pytest.mark.parametrize("search", [False, True])
-def test_a_budget_below_what_cannot_change_is_refused_before_fitting(images, search):
+@pytest.mark.parametrize(
+    ("macs", "message"),
+    [(25, r"asks for 25 of .* A share is written as"), ("250%", "the model has no more than")],
+)
+def test_impossible_budgets_are_refused_before_fitting(images, macs, message, search):
     told: list[str] = []
     work = pfsurgery.search if search else convert
-    with pytest.raises(PolicyError, match=r"asks for 25 of .* A share is written as"):
-        work(trained_like(), budget(macs=25), images=images, tell=told.append)
+    with pytest.raises(PolicyError, match=message):
+        work(trained_like(), budget(macs=macs), images=images, tell=told.append)
     assert not any("forms" in line for line in told)
 
 

@@ -161,6 +161,7 @@ def test_a_model_that_guesses_is_told_of(cli, folder, tmp_path, caplog):
         *("finetune", "--model", "test_resnet", "--num-classes", 2, "--size", 40),
         *("--checkpoint", tmp_path / "weights.safetensors", "--policy", "maxpool_deep"),
         *("--data", folder, "--out", out, "--workers", 0, "--batch-size", 4, "--max-steps", 1),
+        *("--images", 4),
     )
     assert result.code == 0, result.err
     assert "right on 50.00 % of the validation images, near chance for its 2 classes" in caplog.text
@@ -211,6 +212,9 @@ def test_a_run_is_continued(cli, folder, tmp_path):
     changed = cli(*args, "--resume", "--lr", 0.5)
     assert changed.code == 2
     assert "lr (then 0.001, now 0.5)" in changed.err
+    fewer = cli(*args, "--resume", "--images", 4)
+    assert fewer.code == 2
+    assert "images (then 1000, now 4)" in fewer.err
     other = cli(*args, "--resume", "--policy", "shift_all")
     assert other.code == 2
     assert "policy (then 'maxpool_deep', now 'shift_all')" in other.err

@@ -32,6 +32,9 @@ def finetune(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue in --out, or begin if nothing is there.")
     ] = False,
+    number: Annotated[
+        int, typer.Option("--images", help="How many of them to refit with at first.", min=1)
+    ] = 1000,
     pretrained: options.Pretrained = True,
     checkpoint: options.Checkpoint = None,
     workers: Annotated[int | None, typer.Option(help="Processes that read images.", min=0)] = None,
@@ -94,6 +97,7 @@ def finetune(
         val=images.val,
         out=out,
         config=chosen_settings,
+        images=number,
         resume=resume,
         tell=show.silent if json else show.line,
         **sites,

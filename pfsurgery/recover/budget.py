@@ -192,6 +192,11 @@ class Budget:
         total = whole.parameters if self.unit == "params" else whole.macs
         least = total - sum(self.cost(site, None) for site in sites)
         asked = absolute(self.amount, total)
+        if asked > total:
+            raise PolicyError(
+                f"{self.name} asks for {asked:.4g}, but the model has no more than {total:.4g}. "
+                f"Ask for less."
+            )
         if asked < least:
             raise PolicyError(
                 f"{self.name} asks for {asked:.4g} of {total:.4g}, but what is not converted "
