@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pfsurgery.recover.columns import Window, column_rows, kernel_columns, operations
-from pfsurgery.recover.fit import Fit, apply_fit, effective_kernel, error_of, refit_expansion
+from pfsurgery.recover.fit import Fit, apply_fit, effective_kernel, refit_expansion
 from pfsurgery.recover.fit_bottleneck import (
     Problem,
     fit_bottleneck,
@@ -227,7 +227,7 @@ def test_refit_takes_new_targets(images: Tensor, moments: Moments, weights: Tens
     shifted = F.conv2d(images, torch.ones(10, 12, 3, 3), padding=1)
     fresh = moments_of(images, shifted).columns(torch.arange(TAPS * 12))
     solved = refit_expansion(fit, fresh, TAPS, weights)
-    assert solved.error < error_of(fit, fresh, TAPS, weights)
+    assert solved.error < measured(fit, images, shifted, weights)
     assert torch.equal(solved.ops, fit.ops)
 
 

@@ -69,21 +69,6 @@ def cost(
     return reduction + product
 
 
-def error_of(fit: Fit, moments: Moments, ops: int, weights: Tensor) -> float:
-    """Relative error of a fit on moments of all columns (ops * C of them), weighted by output."""
-    combined = effective_kernel(fit, ops, moments.gram.shape[0] // ops) * weights
-    cross = moments.cross * weights
-    total = float((moments.target.diagonal() * weights.square()).sum())
-    explained = 2 * (combined * cross).sum() - (combined * (moments.gram @ combined)).sum()
-    offset = (
-        moments.target_mean
-        - fit.bias
-        - moments.column_mean @ effective_kernel(fit, ops, moments.gram.shape[0] // ops)
-    )
-    shift = float((offset * weights).square().sum())
-    return (total - float(explained) + shift) / total if total > 0 else 0.0
-
-
 def effective_kernel(fit: Fit, ops: int, channels: int) -> Tensor:
     """The one product (ops * C, C_out) of all columns that a fit amounts to."""
     out = fit.expand if fit.waist is None else fit.expand @ fit.waist
@@ -122,12 +107,25 @@ def refit_expansion(fit: Fit, moments: Moments, ops: int, weights: Tensor) -> Fi
     width = fit.expand.shape[1]
     inner = replace(fit, expand=torch.eye(width, dtype=fit.expand.dtype))
     basis = effective_kernel(inner, ops, channels)
-    gram = basis.T @ moments.gram @ basis
+    gram = basis.T @ _seen(fit, moments.gram, basis, channels)
     cross = basis.T @ moments.cross
     total = float((moments.target.diagonal() * weights.square()).sum())
     live = (weights > 0).to(weights)
     expand = ridge_gcv(gram, cross * weights, total, moments.count)
     expand = (expand * (live / torch.where(weights > 0, weights, 1.0))).T
     bias = moments.target_mean - expand @ (moments.column_mean @ basis)
-    solved = replace(fit, expand=expand, bias=bias)
-    return replace(solved, error=error_of(solved, moments, ops, weights))
+    weighted = expand.T * weights
+    explained = float((weighted * (2 * cross * weights - gram @ weighted)).sum())
+    error = (total - explained) / total if total > 0 else 0.0
+    return replace(fit, expand=expand, bias=bias, error=error)
+
+
+def _seen(fit: Fit, gram: Tensor, basis: Tensor, channels: int) -> Tensor:
+    """`gram @ basis`; without a waist a column has one operation, and zeros for all others."""
+    if fit.waist is not None:
+        return gram @ basis
+    seen = torch.empty_like(basis)
+    for o in set(fit.ops.tolist()):
+        mine, block = fit.ops == o, slice(o * channels, (o + 1) * channels)
+        seen[:, mine] = gram[:, block] @ basis[block][:, mine]
+    return seen

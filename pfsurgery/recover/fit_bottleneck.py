@@ -8,7 +8,7 @@ X_o R' D_o. D has a row for each column chosen and may be limited to a waist's r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -122,8 +122,18 @@ def _solve_product(
     problem: Problem, reduce: Tensor, ops: Tensor, channels: Tensor, waist: int | None
 ) -> _State:
     """The best product for a given reduction and columns."""
-    gram, cross = reduced_moments(problem, reduce)
-    index = ops * len(reduce) + channels
+    own = _own_operations(reduce, ops, channels, problem.ops)
+    if own is None:
+        gram, cross = reduced_moments(problem, reduce)
+        index = ops * len(reduce) + channels
+    else:
+        seen = _seen(problem, reduce, own)
+        gram = seen.new_empty(len(reduce), len(reduce))
+        cross = seen.new_empty(len(reduce), problem.targets)
+        for o, rows in own:
+            gram[rows] = reduce[rows] @ seen[o]
+            cross[rows] = reduce[rows] @ problem.cross[o]
+        index = channels
     gram, cross = gram[index][:, index], cross[index]
     factor = cholesky(gram)
     values, directions = principal(cross, factor)
@@ -133,43 +143,94 @@ def _solve_product(
     return _State(reduce, ops, channels, squeeze, turn.T, float(values[:keep].sum()))
 
 
-def _solve_reduction(problem: Problem, state: _State, steps: int) -> Tensor:
-    """Improves the reduction for a given product by preconditioned conjugate gradients."""
+Own = list[tuple[int, Tensor]]  # operations, and the channels that have no other one
+
+
+def _own_operations(reduce: Tensor, ops: Tensor, channels: Tensor, count: int) -> Own | None:
+    """The channels of each operation, or None if a channel has several or none."""
+    if len(ops) != len(reduce) or len(set(channels.tolist())) != len(reduce):
+        return None
+    op = torch.empty(len(reduce), dtype=torch.long)
+    op[channels] = ops
+    rows = [(o, (op == o).nonzero()[:, 0]) for o in range(count)]
+    return [(o, mine) for o, mine in rows if len(mine)]
+
+
+def _seen(problem: Problem, reduce: Tensor, own: Own) -> Tensor:
+    """Products of all columns with the reduced channels' own ones, (ops, C, r1)."""
+    c = problem.channels
+    seen = reduce.new_empty(problem.ops * c, len(reduce))
+    for o, rows in own:
+        seen[:, rows] = problem.moments.gram[:, o * c : (o + 1) * c] @ reduce[rows].T
+    return seen.view(problem.ops, c, -1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Normal:
+    """The normal equations of the reduction for a given product: `of(reduce) = goal`."""
+
+    of: Callable[[Tensor], Tensor]
+    goal: Tensor
+    precondition: Callable[[Tensor], Tensor]
+
+
+def _normal_of_own(problem: Problem, state: _State, own: Own, ridge: float) -> _Normal:
+    """One operation a channel: the products of all columns with few others are needed."""
+    product = torch.empty_like(state.squeeze @ state.turn)
+    product[state.channels] = state.squeeze @ state.turn
+    both = product @ product.T
+    inner = [(o, rows, cholesky(both[rows][:, rows])) for o, rows in own]
+
+    def of(reduce: Tensor) -> Tensor:
+        seen, out = _seen(problem, reduce, own), torch.empty_like(reduce)
+        for o, rows in own:
+            out[rows] = (seen[o] @ both[:, rows]).T + ridge * both[rows][:, rows] @ reduce[rows]
+        return out
+
+    def precondition(residual: Tensor) -> Tensor:
+        out = torch.empty_like(residual)
+        for o, rows, factor in inner:
+            left = torch.cholesky_solve(residual[rows], factor)
+            out[rows] = torch.cholesky_solve(left.T, problem.factors[o]).T
+        return out
+
+    goal = torch.empty_like(state.reduce)
+    for o, rows in own:
+        goal[rows] = product[rows] @ problem.cross[o].T
+    return _Normal(of, goal, precondition)
+
+
+def _normal_of_shared(problem: Problem, state: _State, ridge: float) -> _Normal:
+    """Channels with several operations, or none."""
     r, c, k = len(state.reduce), problem.channels, state.squeeze.shape[1]
     product = state.squeeze.new_zeros(problem.ops, r, k)
     product[state.ops, state.channels] = state.squeeze
-    gram = problem.moments.gram
-    ridge = RIDGE * float(gram.diagonal().mean())
-    own = product @ product.transpose(1, 2)
-    exclusive = len(state.ops) == r and len(set(state.channels.tolist())) == r
+    shared = cholesky((product @ product.transpose(1, 2)).sum(0))
 
-    def normal(reduce: Tensor) -> Tensor:
+    def of(reduce: Tensor) -> Tensor:
         spread = torch.einsum("ic,oik->ock", reduce, product).reshape(-1, k)
-        back = (gram @ spread + ridge * spread).view(problem.ops, c, k)
+        back = (problem.moments.gram @ spread + ridge * spread).view(problem.ops, c, k)
         return torch.einsum("ock,oik->ic", back, product)
 
-    if exclusive:
-        op = torch.empty(r, dtype=torch.long)
-        op[state.channels] = state.ops
-        groups = [(o, (op == o).nonzero()[:, 0]) for o in range(problem.ops)]
-        inner = [(o, rows, cholesky(own[o][rows][:, rows])) for o, rows in groups if len(rows)]
-
-        def precondition(residual: Tensor) -> Tensor:
-            out = torch.zeros_like(residual)
-            for o, rows, factor in inner:
-                left = torch.cholesky_solve(residual[rows], factor)
-                out[rows] = torch.cholesky_solve(left.T, problem.factors[o]).T
-            return out
-    else:
-        shared = cholesky(own.sum(0))
-
-        def precondition(residual: Tensor) -> Tensor:
-            left: Tensor = torch.cholesky_solve(residual, shared)
-            return left @ problem.whitener.T @ problem.whitener
+    def precondition(residual: Tensor) -> Tensor:
+        left: Tensor = torch.cholesky_solve(residual, shared)
+        return left @ problem.whitener.T @ problem.whitener
 
     goal = torch.einsum("ock,oik->ic", problem.cross @ state.turn.T, product)
+    return _Normal(of, goal, precondition)
+
+
+def _solve_reduction(problem: Problem, state: _State, steps: int) -> Tensor:
+    """Improves the reduction for a given product by preconditioned conjugate gradients."""
+    ridge = RIDGE * float(problem.moments.gram.diagonal().mean())
+    own = _own_operations(state.reduce, state.ops, state.channels, problem.ops)
+    if own is None:
+        equations = _normal_of_shared(problem, state, ridge)
+    else:
+        equations = _normal_of_own(problem, state, own, ridge)
+    normal, precondition = equations.of, equations.precondition
     reduce = state.reduce
-    residual = goal - normal(reduce)
+    residual = equations.goal - normal(reduce)
     direction = precondition(residual)
     power = (residual * direction).sum()
     for _ in range(steps):
