@@ -65,7 +65,10 @@ def all_ops_but_blur(site) -> str | None:
 
 
 def fitted(model: nn.Module, policy) -> nn.Module:
-    return convert(model, policy, images=[torch.randn(32, 3, SIZE, SIZE) for _ in range(2)])
+    """Fitted to images of many contrasts: all alike, they would teach the classifier noise."""
+    contrasts = torch.logspace(-1, 1, 128).view(-1, 1, 1, 1)
+    seen = contrasts * torch.randn(128, 3, SIZE, SIZE)
+    return convert(model, policy, images=list(seen[torch.randperm(128)].split(32)))
 
 
 def share(model: nn.Module) -> str:
@@ -339,10 +342,8 @@ def test_int8_weights(kind, made):
     assert all(
         type(m.weight) is not nn.Parameter or type(m.weight.data) is not Tensor for m in linear
     )
-    # A classifier refitted to noise, as here with `thin`, has large weights that cancel.
-    least = 0.98 if made == "thin" else 0.999
     with torch.no_grad():
-        assert cosine_similarity(fast(images()).flatten(), meant.flatten(), dim=0) > least
+        assert cosine_similarity(fast(images()).flatten(), meant.flatten(), dim=0) > 0.999
 
 
 def statically_quantised(fast: nn.Module) -> nn.Module:
@@ -362,7 +363,7 @@ def statically_quantised(fast: nn.Module) -> nn.Module:
 @every_op_and_attention
 def test_static_quantisation_of_the_exported_graph(kind, made):
     fast = converted(kind, made)
-    if kind == "MobileNet" and made in ("all", "blur"):
+    if (kind, made) in [("ResNet", "blur"), ("MobileNet", "blur"), ("MobileNet", "all")]:
         # torchao folds a batch norm into the convolution before it, whose weight it takes for a
         # parameter; a blur's is computed
         with pytest.raises(ValueError, match="Expected get_attr node"):
