@@ -8,11 +8,9 @@ from torch import Tensor
 from pfsurgery.recover.columns import Window, column_rows, kernel_columns, operations
 from pfsurgery.recover.fit import Fit, apply_fit, effective_kernel, refit_expansion
 from pfsurgery.recover.fit_bottleneck import (
-    Problem,
     fit_bottleneck,
     fit_mixed,
     fit_thin,
-    prepare,
 )
 from pfsurgery.recover.fit_columns import (
     column_curve,
@@ -24,6 +22,7 @@ from pfsurgery.recover.fit_columns import (
 from pfsurgery.recover.gram import Moments, MomentSum
 from pfsurgery.recover.linalg import cholesky, principal, ridge_gcv
 from pfsurgery.recover.options import PARAMETER_FREE, fit_option, site_moments, site_options
+from pfsurgery.recover.problem import Problem, prepare
 
 WINDOW = Window((3, 3), padding=(1, 1, 1, 1))
 OPS = operations(WINDOW)

@@ -59,6 +59,11 @@ def _title(result: FinetuneResult) -> str:
         return f"Fine-tuned in {took}"
     if result.teacher is None:
         return f"{result.last.top1:.2f} % after {took}"
-    points = result.last.top1 - result.teacher.top1
+    best = result.best.top1 if result.best is not None else result.last.top1
+    at_best = f" ({best:.2f} % at best)" if best > result.last.top1 else ""
+    points = best - result.teacher.top1
     where = "below" if points < 0 else "above"
-    return f"{result.last.top1:.2f} % after {took}: {abs(points):.2f} points {where} the original"
+    return (
+        f"{result.last.top1:.2f} % after {took}{at_best}: "
+        f"{abs(points):.2f} points {where} the original"
+    )

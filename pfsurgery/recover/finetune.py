@@ -74,7 +74,7 @@ def finetune(
         resume: Whether to continue from the newest checkpoint in `out`; without one, the run
             begins at the start. Give the same model, images and settings as before.
         progress: Whether to show a progress bar with images/s, loss, accuracy and time left; None
-            means where a terminal is attached.
+            means where a terminal is attached, and elsewhere a line every half a minute.
 
     Raises:
         TrainingError: The loss is no longer finite or explodes, `out` cannot be written to or holds

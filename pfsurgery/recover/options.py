@@ -12,12 +12,10 @@ from pfsurgery.recover.columns import Operation
 from pfsurgery.recover.fit import Fit, Form, cost
 from pfsurgery.recover.fit_bottleneck import (
     ROUNDS,
-    Problem,
     fit_bottleneck,
     fit_low_rank,
     fit_mixed,
     fit_thin,
-    prepare,
     thin_errors,
 )
 from pfsurgery.recover.fit_columns import (
@@ -28,6 +26,7 @@ from pfsurgery.recover.fit_columns import (
 )
 from pfsurgery.recover.gram import Moments
 from pfsurgery.recover.hull import lower_hull, spread
+from pfsurgery.recover.problem import Problem, prepare
 
 PARAMETER_FREE: tuple[Form, ...] = ("columns", "waist", "bottleneck", "mixed")
 _ROUNDS = 2  # of alternation for a curve; the fit that is used gets more
