@@ -51,8 +51,8 @@ def _page(rows: list[Row], missing: int, machine: dict[str, Any]) -> list[str]:
         "`benchmarks/results/coverage.json`.",
         "",
         f"{versions}; {len(rows)} models, one thread each ({machine['processor']}):",
-        f"{minutes:.0f} minutes of processor time in all, {clock:.0f} by the clock, one model",
-        f"after the other and beside other work; {peak:.1f} GiB at most in one process.",
+        f"{minutes:.0f} minutes of processor time in all, {clock:.0f} by the clock, added over the",
+        f"models, which processes share; {peak:.1f} GiB at most in one process.",
     ]
     if missing:
         lines += ["", f"**Incomplete: {missing} models of the catalogue have not been run.**"]

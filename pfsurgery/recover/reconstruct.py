@@ -12,7 +12,12 @@ from pfsurgery.graph import view
 from pfsurgery.policy import Tell
 from pfsurgery.record import record
 from pfsurgery.recover.behind import refit_behind
-from pfsurgery.recover.calibration import calibration_batches, frozen_copy, hold_out
+from pfsurgery.recover.calibration import (
+    calibration_batches,
+    frozen_copy,
+    hold_out,
+    in_fast_layout,
+)
 from pfsurgery.recover.norms import recalibrate
 from pfsurgery.recover.polish import polish
 from pfsurgery.recover.progress import tracked
@@ -48,8 +53,8 @@ def reconstruct(
         DataError: There is no image, or a value is not finite.
     """
     decisions = record(model).replaced
-    batches, judges = hold_out(calibration_batches(images, model))
     student, original = frozen_copy(model), frozen_copy(teacher)
+    batches, judges = hold_out(in_fast_layout(original, calibration_batches(images, model)))
     recalibrate(student, batches)
     seen = view(original, (batches[0][:1],))
     done = []
