@@ -239,4 +239,11 @@ def _real(rows: list[Row]) -> list[str]:
         for row in run
         for kind in sorted(TROUBLE & set(row["real"]))
     ]
+    if any("roi_heads" in line for line in bad):
+        bad += [
+            "",
+            "Heads for masks and keypoints run on the boxes that were found; with random weights a",
+            "detector may find none, and these heads have no gradient then. With labels there are",
+            "boxes, and every parameter of both has its gradient (tests/test_detection.py).",
+        ]
     return lines + (["", *bad] if bad else [])

@@ -60,6 +60,28 @@ def test_faster_rcnn():
     moved(fast, torch.stack(list(losses.values())).sum())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn"])
+def test_heads_for_masks_and_keypoints_train(name):
+    """With labels there are boxes for them, however little the backbone knows."""
+    torch.manual_seed(0)
+    model = detection.__dict__[name](
+        weights=None, weights_backbone=None, min_size=2 * SIZE, max_size=2 * SIZE
+    ).eval()
+    image = [torch.rand(3, 2 * SIZE, 2 * SIZE)]
+    fast = convert(model, "maxpool_all", example=(image,)).train()
+    target = {"boxes": torch.tensor([[10.0, 10.0, 100.0, 100.0]]), "labels": torch.tensor([1])}
+    if name.startswith("mask"):
+        target["masks"] = torch.ones(1, 2 * SIZE, 2 * SIZE, dtype=torch.uint8)
+    else:
+        target["keypoints"] = torch.cat([torch.rand(1, 17, 2) * 80 + 15, torch.ones(1, 17, 1)], -1)
+    losses = fast(image, [target])
+    torch.stack(list(losses.values())).sum().backward()
+    without = [n for n, p in fast.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without
+    assert all(p.grad.isfinite().all() for p in fast.parameters() if p.grad is not None)
+
+
 def test_the_convolutions_of_a_detector_that_write_classes_and_boxes_are_kept():
     model = detection.retinanet_resnet50_fpn(
         weights=None, weights_backbone=None, num_classes=3, min_size=SIZE, max_size=SIZE
