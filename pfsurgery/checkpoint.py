@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pfsurgery.base import Base, base_of, set_base
 from pfsurgery.errors import PolicyError, RecordMismatchError, SurgeryError, closest
-from pfsurgery.example import image_config, set_image_config
+from pfsurgery.example import IMAGE_FIELDS, image_config, set_image_config
 from pfsurgery.files import write_atomically
 from pfsurgery.modularise import modularise
 from pfsurgery.record import Record, has_record, record, remember
@@ -106,7 +106,7 @@ def load(
     content = _read_config(directory)
     state = _read_weights(directory, content)
     with _as_mismatch(directory):
-        done = Record.from_dict(content["record"])
+        done, images = Record.from_dict(content["record"]), _images_of(content)
     given = base() if callable(base) and not isinstance(base, nn.Module) else base
     with _as_mismatch(directory), torch.device("meta"):
         shadow = _shadow_base(content, given, directory)
@@ -120,8 +120,7 @@ def load(
         model.load_state_dict(dict(state))
     for plan in done.plans:
         remember(model, plan)
-    if content.get("images"):
-        images = {k: tuple(v) if isinstance(v, list) else v for k, v in content["images"].items()}
+    if images:
         set_image_config(model, images)
     with suppress(NotImplementedError):  # what torch.export makes has no modes
         model.eval()
@@ -142,6 +141,13 @@ def _as_mismatch(directory: Path) -> Iterator[None]:
         raise RecordMismatchError(
             f"{directory / CONFIG} does not fit the model: {type(error).__name__}: {what}"
         ) from error
+
+
+def _images_of(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What images the model expects; nothing else goes into its configuration."""
+    saved = dict(content.get("images") or {})
+    fields = {key: saved[key] for key in IMAGE_FIELDS if key in saved}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
 
 
 def _rebuild(

@@ -12,6 +12,7 @@ from pfsurgery.errors import ShapeError
 
 Example = Tensor | tuple[Any, ...]
 
+IMAGE_FIELDS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 _DEFAULT_SIZE = (3, 224, 224)
 _MOST_IMAGE_CHANNELS = 16
 
@@ -57,8 +58,7 @@ def default_input_size(model: nn.Module) -> tuple[int, int, int]:
 def image_config(model: nn.Module) -> dict[str, Any]:
     """What images `model` expects, as timm's configuration on it states."""
     config = _timm_config(model)
-    keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-    return {key: config[key] for key in keys if key in config}
+    return {key: config[key] for key in IMAGE_FIELDS if key in config}
 
 
 def set_image_config(model: nn.Module, images: Mapping[str, Any]) -> None:

@@ -203,6 +203,19 @@ def test_any_forged_value_is_an_error_or_changes_nothing(saved, folder, data):
         assert model(torch.randn(1, 3, 16, 16)).shape == (1, 5)
 
 
+@pytest.mark.parametrize("images", ["abc", 3, [1, 2]])
+def test_forged_images_are_named(saved, folder, images):
+    put(folder, sealed(saved, lambda content: content.update(images=images)))
+    with pytest.raises(RecordMismatchError, match=CONFIG):
+        load(folder, base=zoo.Plain)
+
+
+def test_forged_images_reach_nothing_else_of_a_configuration(saved, folder):
+    forged = {"input_size": [3, 16, 16], "architecture": "resnet50", "url": "file:///etc/passwd"}
+    put(folder, sealed(saved, lambda content: content.update(images=forged)))
+    assert load(folder, base=zoo.Plain).pretrained_cfg == {"input_size": (3, 16, 16)}
+
+
 def test_nesting_without_end_is_refused(saved, folder):
     put(folder, {**saved, CONFIG: b"[" * 200_000})
     with pytest.raises(RecordMismatchError, match=CONFIG):
