@@ -200,7 +200,7 @@ def run_job(
                 seen = first_images(unlabelled_images(train, original), images)
                 example = seen[0][:1].to(placement(original)[0])
                 _check_original(original, example, steps[0].accuracy)
-                fast = _surgery(original, policy, include, exclude, seen, step, tell)
+                fast = _surgery(original, policy, include, exclude, example, seen, step, tell)
                 save(fast, folder / _CONVERTED_FOLDER)
                 _write_steps(folder, steps)
         tell("fine-tuning")
@@ -277,12 +277,12 @@ def _surgery(
     policy: Plan | DataPolicy,
     include: Patterns,
     exclude: Patterns,
+    example: Tensor,
     images: list[Tensor],
     step: Callable[[str, Callable[[], Any], nn.Module], Any],
     tell: Tell,
 ) -> nn.Module:
     """Convert and recover as far as it goes without training."""
-    example = images[0][:1].to(placement(original)[0])
     if not isinstance(policy, Plan):
         fit = partial(convert, original, policy, include=include, exclude=exclude, tell=tell)
         fitted: nn.Module = step(

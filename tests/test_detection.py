@@ -65,7 +65,7 @@ def test_faster_rcnn():
 def test_heads_for_masks_and_keypoints_train(name):
     """With labels there are boxes for them, however little the backbone knows."""
     torch.manual_seed(0)
-    model = detection.__dict__[name](
+    model = getattr(detection, name)(
         weights=None, weights_backbone=None, min_size=2 * SIZE, max_size=2 * SIZE
     ).eval()
     image = [torch.rand(3, 2 * SIZE, 2 * SIZE)]

@@ -7,11 +7,7 @@ from torch import Tensor
 
 from pfsurgery.recover.columns import Window, column_rows, kernel_columns, operations
 from pfsurgery.recover.fit import Fit, apply_fit, effective_kernel, refit_expansion
-from pfsurgery.recover.fit_bottleneck import (
-    fit_bottleneck,
-    fit_mixed,
-    fit_thin,
-)
+from pfsurgery.recover.fit_bottleneck import fit_bottleneck, fit_mixed, fit_thin
 from pfsurgery.recover.fit_columns import (
     column_curve,
     fit_bare,

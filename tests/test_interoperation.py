@@ -157,11 +157,12 @@ def test_the_strided_convolutions_of_a_convnext_do_not_average_first():
     assert all("its padding would change the size" in d.reason for d in strided)
 
 
+@pytest.mark.parametrize("fullgraph", [True, pytest.param(False, marks=pytest.mark.slow)])
 @every_op
-def test_compile_as_one_graph(kind, made):
+def test_compile(kind, made, fullgraph):
     fast = converted(kind, made)
     torch._dynamo.reset()
-    compiled = torch.compile(fast, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(fast, backend="aot_eager", fullgraph=fullgraph)
     x = images()
     close(compiled(x), fast(x))
     compiled(x).sum().backward()

@@ -33,7 +33,8 @@ def finetune(
         bool, typer.Option("--resume", help="Continue in --out, or begin if nothing is there.")
     ] = False,
     number: Annotated[
-        int, typer.Option("--images", help="How many of them to refit with at first.", min=1)
+        int,
+        typer.Option("--images", help="Training images to refit with at first.", min=1),
     ] = 1000,
     pretrained: options.Pretrained = True,
     checkpoint: options.Checkpoint = None,

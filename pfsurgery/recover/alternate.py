@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pfsurgery.recover.gram import Groups
 from pfsurgery.recover.linalg import RIDGE, cholesky, principal
-from pfsurgery.recover.problem import Own, Problem, State, own_operations, reduced_moments, seen_by
+from pfsurgery.recover.problem import Problem, State, own_operations, reduced_moments, seen_by
 
 _STEPS = 4  # of conjugate gradients in a round; the next round goes on from there
 
@@ -35,7 +36,7 @@ def solve_product(
     problem: Problem, reduce: Tensor, ops: Tensor, channels: Tensor, waist: int | None
 ) -> State:
     """The best product for a given reduction and columns."""
-    own = own_operations(reduce, ops, channels, problem.ops)
+    own = own_operations(reduce, ops, channels)
     if own is None:
         gram, cross = reduced_moments(problem, reduce)
         index = ops * len(reduce) + channels
@@ -65,7 +66,7 @@ class _Normal:
     precondition: Callable[[Tensor], Tensor]
 
 
-def _normal_of_own(problem: Problem, state: State, own: Own, ridge: float) -> _Normal:
+def _normal_of_own(problem: Problem, state: State, own: Groups, ridge: float) -> _Normal:
     """One operation a channel: the products of all columns with few others are needed."""
     product = (state.squeeze @ state.turn)[state.channels.argsort()]
     both = product @ product.T
@@ -113,7 +114,7 @@ def _normal_of_shared(problem: Problem, state: State, ridge: float) -> _Normal:
 def _solve_reduction(problem: Problem, state: State, steps: int) -> Tensor:
     """Improves the reduction for a given product by preconditioned conjugate gradients."""
     ridge = RIDGE * float(problem.moments.gram.diagonal().mean())
-    own = own_operations(state.reduce, state.ops, state.channels, problem.ops)
+    own = own_operations(state.reduce, state.ops, state.channels)
     if own is None:
         equations = _normal_of_shared(problem, state, ridge)
     else:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pfsurgery.recover.columns import Operation, Window, column_rows
-from pfsurgery.recover.gram import Moments
+from pfsurgery.recover.gram import Moments, by_operation, products_with
 from pfsurgery.recover.linalg import ridge_gcv
 
 Form = Literal["columns", "waist", "bottleneck", "mixed", "thin", "low_rank", "bare"]
@@ -107,7 +107,7 @@ def refit_expansion(fit: Fit, moments: Moments, ops: int, weights: Tensor) -> Fi
     width = fit.expand.shape[1]
     inner = replace(fit, expand=torch.eye(width, dtype=fit.expand.dtype))
     basis = effective_kernel(inner, ops, channels)
-    gram = basis.T @ _seen(fit, moments.gram, basis, channels)
+    gram = basis.T @ _products(fit, moments.gram, basis, channels)
     cross = basis.T @ moments.cross
     total = float((moments.target.diagonal() * weights.square()).sum())
     live = (weights > 0).to(weights)
@@ -120,12 +120,9 @@ def refit_expansion(fit: Fit, moments: Moments, ops: int, weights: Tensor) -> Fi
     return replace(fit, expand=expand, bias=bias, error=error)
 
 
-def _seen(fit: Fit, gram: Tensor, basis: Tensor, channels: int) -> Tensor:
+def _products(fit: Fit, gram: Tensor, basis: Tensor, channels: int) -> Tensor:
     """`gram @ basis`; without a waist a column has one operation, and zeros for all others."""
     if fit.waist is not None:
         return gram @ basis
-    seen = torch.empty_like(basis)
-    for o in set(fit.ops.tolist()):
-        mine, block = fit.ops == o, slice(o * channels, (o + 1) * channels)
-        seen[:, mine] = gram[:, block] @ basis[block][:, mine]
-    return seen
+    own = basis.view(-1, channels, basis.shape[1])[fit.ops, :, torch.arange(len(fit.ops))]
+    return products_with(gram, own, by_operation(fit.ops))

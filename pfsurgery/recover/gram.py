@@ -209,3 +209,26 @@ def sample_positions(total: int, most: int, generator: torch.Generator) -> Tenso
     if total <= most:
         return None
     return torch.randperm(total, generator=generator)[:most].sort().values
+
+
+Groups = list[tuple[int, Tensor]]  # operations, and the places of what each has
+
+
+def by_operation(ops: Tensor) -> Groups:
+    """Where each operation stands in `ops`, (B,), in the order of operations."""
+    return [(o, (ops == o).nonzero()[:, 0]) for o in sorted(set(ops.tolist()))]
+
+
+def products_with(gram: Tensor, vectors: Tensor, groups: Groups) -> Tensor:
+    """Products of all columns with sums over the channels of one operation each, (K, B).
+
+    Args:
+        gram: Columns by columns, (K, K), where K is operations times channels.
+        vectors: Each sum's weights of the channels, (B, C).
+        groups: The sums of each operation.
+    """
+    channels = vectors.shape[1]
+    made = gram.new_empty(len(gram), len(vectors))
+    for o, rows in groups:
+        made[:, rows] = gram[:, o * channels : (o + 1) * channels] @ vectors[rows].T
+    return made

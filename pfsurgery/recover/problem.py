@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pfsurgery.recover.gram import Moments
+from pfsurgery.recover.gram import Groups, Moments, by_operation, products_with
 from pfsurgery.recover.linalg import cholesky
 
 
@@ -98,26 +98,17 @@ class State:
     explained: float
 
 
-Own = list[tuple[int, Tensor]]  # operations, and the channels that have no other one
-
-
-def own_operations(reduce: Tensor, ops: Tensor, channels: Tensor, count: int) -> Own | None:
+def own_operations(reduce: Tensor, ops: Tensor, channels: Tensor) -> Groups | None:
     """The channels of each operation, or None if a channel has several or none."""
     if len(ops) != len(reduce) or len(set(channels.tolist())) != len(reduce):
         return None
-    op = torch.empty(len(reduce), dtype=torch.long)
-    op[channels] = ops
-    rows = [(o, (op == o).nonzero()[:, 0]) for o in range(count)]
-    return [(o, mine) for o, mine in rows if len(mine)]
+    return by_operation(ops[channels.argsort()])
 
 
-def seen_by(problem: Problem, reduce: Tensor, own: Own) -> Tensor:
+def seen_by(problem: Problem, reduce: Tensor, own: Groups) -> Tensor:
     """Products of all columns with the reduced channels' own ones, (ops, C, r1)."""
-    c = problem.channels
-    seen = reduce.new_empty(problem.ops * c, len(reduce))
-    for o, rows in own:
-        seen[:, rows] = problem.moments.gram[:, o * c : (o + 1) * c] @ reduce[rows].T
-    return seen.view(problem.ops, c, -1)
+    seen = products_with(problem.moments.gram, reduce, own)
+    return seen.view(problem.ops, problem.channels, -1)
 
 
 def reduced_moments(problem: Problem, reduce: Tensor) -> tuple[Tensor, Tensor]:
