@@ -1,8 +1,10 @@
-"""The layer that takes the product of a replaced site: which one it is, and its refit."""
+"""The layers that take the product of replaced sites: which ones they are, and their refit."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -11,25 +13,20 @@ from pfsurgery.graph import GraphView
 from pfsurgery.neighbours import neighbours_of_module
 from pfsurgery.ops.bottleneck import Bottleneck
 from pfsurgery.plan import Decision
-from pfsurgery.recover.refit import Refit, refit_layer
+from pfsurgery.recover.refit import Aim, Refit, original_rows, refit_aim, refit_layer
 from pfsurgery.rewrite import Composite
 
 
-def refit_behind(
-    student: nn.Module,
-    original: nn.Module,
-    decision: Decision,
-    seen: GraphView,
-    batches: Sequence[Tensor],
-) -> Refit:
-    """Refit, in place, the layer that reads what `decision` put into `student`.
+def _aim_behind(
+    student: nn.Module, original: nn.Module, decision: Decision, seen: GraphView
+) -> Aim | Refit:
+    """What the layer that reads a replaced site should give; a `Refit` with a reason without one.
 
     Args:
-        student: The edited network, in eval mode.
-        original: The original, in eval mode.
+        student: The edited network.
+        original: The original.
         decision: What stands at the site now.
         seen: The graph view of the original.
-        batches: Images (N, C, H, W), one batch each.
 
     Raises:
         RecordMismatchError: The layer is not in the original.
@@ -39,7 +36,35 @@ def refit_behind(
         return Refit(decision.site.name, None, reason=_why_none(decision))
     twin = _twin(original, decision, name)
     around = neighbours_of_module(twin, seen)
-    return refit_layer(student, original, decision.site.name, name, twin, around, batches)
+    return refit_aim(student, original, decision.site.name, name, twin, around)
+
+
+def refit_behind(
+    student: nn.Module,
+    original: nn.Module,
+    decisions: Sequence[Decision],
+    seen: GraphView,
+    batches: Sequence[Tensor],
+) -> Iterator[Refit]:
+    """Refit, in place and one by one, the layers that read what `decisions` put into `student`.
+
+    Args:
+        student: The edited network, in eval mode.
+        original: The original, in eval mode.
+        decisions: What stands at the sites now, in the order of execution.
+        seen: The graph view of the original.
+        batches: Images (N, C, H, W), one batch each.
+
+    Raises:
+        RecordMismatchError: A layer is not in the original.
+    """
+    aims = [_aim_behind(student, original, decision, seen) for decision in decisions]
+    rows = original_rows(original, [aim for aim in aims if isinstance(aim, Aim)], batches)
+    for aim in aims:
+        started = time.perf_counter()
+        if isinstance(aim, Aim):
+            aim = refit_layer(student, original, aim, next(rows), batches)
+        yield replace(aim, seconds=time.perf_counter() - started)
 
 
 def _twin(original: nn.Module, decision: Decision, name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -61,14 +61,15 @@ def _lines(total: int) -> Show:
     return show
 
 
-def tracked(items: Sequence[Item], what: str) -> Iterator[Item]:
+def tracked(items: Iterable[Item], what: str, number: int = 0) -> Iterator[Item]:
     """The items one by one, under a progress bar (see `progress_bar`).
 
     Args:
         items: What is worked on, one step each.
         what: What is done to them; stands behind the bar.
+        number: How many they are, where they have no length.
     """
-    with progress_bar(len(items), None) as show:
+    with progress_bar(len(items) if isinstance(items, Sized) else number, None) as show:
         show(0, what)
         for place, item in enumerate(items):
             yield item

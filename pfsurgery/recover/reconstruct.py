@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -58,10 +56,9 @@ def reconstruct(
     recalibrate(student, batches)
     seen = view(original, (batches[0][:1],))
     done = []
-    for decision in tracked(decisions, "refitting"):
-        started = time.perf_counter()
-        refit = refit_behind(student, original, decision, seen, batches)
-        done.append(replace(refit, seconds=time.perf_counter() - started))
+    refits = refit_behind(student, original, decisions, seen, batches)
+    for refit in tracked(refits, "refitting", len(decisions)):
+        done.append(refit)
         told = f"{refit.layer} refitted, error {refit.before:.3f} -> {refit.after:.3f}"
         tell(f"{refit.site}: {told if refit.layer else f'not refitted, {refit.reason}'}")
     polish(student, original, batches, judges, tell)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from pfsurgery.errors import RecordMismatchError
-from pfsurgery.recover.capture import capture
+from pfsurgery.recover.capture import Side, capture
 from pfsurgery.recover.gram import Moments, MomentSum, sample_positions
+from pfsurgery.recover.groups import in_memory
 from pfsurgery.recover.linalg import ridge_gcv
 from pfsurgery.recover.target import Readout, corrected, readout_of
 from pfsurgery.sites import Neighbours
 from pfsurgery.weights import applied_weight
 
-_POSITIONS = 65536
+_POSITIONS = 65536  # looked at for each layer, about
+_MEMORY = 1 << 29  # bytes of the original's outputs that are held at once, about
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +44,81 @@ class Refit:
     seconds: float = field(default=0.0, compare=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Aim:
+    """A pointwise layer of the edited network, and what it should give.
+
+    Attributes:
+        site: Name of the replaced site that the layer reads.
+        layer: Path of the layer in the edited network.
+        twin: Path of the layer whose outputs it should give, in the original.
+        how: How these outputs count.
+    """
+
+    site: str
+    layer: str
+    twin: str
+    how: Readout
+
+
+def refit_aim(
+    student: nn.Module, original: nn.Module, site: str, name: str, twin: str, around: Neighbours
+) -> Aim:
+    """What the pointwise layer `name` of the edited network should give.
+
+    Args:
+        student: The edited network.
+        original: The original.
+        site: Name of the replaced site that the layer reads.
+        name: Path of the layer in the edited network.
+        twin: Path of the layer whose outputs it should give, in the original.
+        around: Neighbours of `twin`.
+
+    Raises:
+        RecordMismatchError: The two layers do not fit.
+    """
+    _check_twins(student, original, name, twin)
+    return Aim(site, name, twin, readout_of(original, around, len(_layer(student, name).weight)))
+
+
+def original_rows(
+    original: nn.Module, aims: Sequence[Aim], batches: Sequence[Tensor]
+) -> Iterator[list[Tensor]]:
+    """What the original gives for each aim, from as few passes as memory allows.
+
+    Yields:
+        For an aim, the sampled rows (P, C_out) of each batch.
+    """
+    for group in in_memory(aims, lambda aim: 4 * _POSITIONS * len(aim.how.weights), _MEMORY):
+        yield from _rows_of_group(original, group, batches)
+
+
+def _rows_of_group(
+    original: nn.Module, aims: Sequence[Aim], batches: Sequence[Tensor]
+) -> list[list[Tensor]]:
+    samplers = [_RowSampler(batches) for _ in aims]
+    axes = [_axis(original.get_submodule(aim.twin)) for aim in aims]
+    wanted: dict[str, tuple[str, Side]] = {
+        str(place): (aim.twin, "output") if aim.how.merge is None else (aim.how.merge, "input")
+        for place, aim in enumerate(aims)
+    }
+    found: list[list[Tensor]] = [[] for _ in aims]
+
+    def sample(key: str, y: Tensor) -> Tensor:
+        return samplers[int(key)](y, axes[int(key)])
+
+    for batch in batches:
+        for key, rows in capture(original, batch, wanted, take=sample).items():
+            found[int(key)].append(rows)
+    return found
+
+
 @torch.no_grad()
 def refit_layer(
     student: nn.Module,
     original: nn.Module,
-    site: str,
-    name: str,
-    twin: str,
-    around: Neighbours,
+    aim: Aim,
+    goals: Sequence[Tensor],
     batches: Sequence[Tensor],
 ) -> Refit:
     """Refit a pointwise layer in place, by ridge regression on what it reads now.
@@ -57,28 +126,18 @@ def refit_layer(
     Args:
         student: The edited network, in eval mode.
         original: The original, in eval mode.
-        site: Name of the replaced site that the layer reads.
-        name: Path of the layer in the edited network.
-        twin: Path of the layer whose outputs it should give, in the original.
-        around: Neighbours of `twin`.
+        aim: The layer, and what it should give.
+        goals: The original's rows for it, from `original_rows` with the same batches.
         batches: Images (N, C, H, W), one batch each.
-
-    Raises:
-        RecordMismatchError: The two layers do not fit.
     """
-    _check_twins(student, original, name, twin)
-    layer = student.get_submodule(name)
-    if not isinstance(layer, nn.Conv2d | nn.Linear):
-        raise RecordMismatchError(f"{name} is neither a convolution nor linear.")
-    how = readout_of(original, around, len(layer.weight))
-    norm: Any = None
-    if how.norm is not None:
+    layer, norm = _layer(student, aim.layer), None
+    if aim.how.norm is not None:
         # The layer is fitted to what it gave before, so its norm takes back what it knew then.
-        norm = student.get_submodule(how.norm)
-        norm.load_state_dict(original.get_submodule(how.norm).state_dict())
-    moments = _layer_moments(student, original, name, twin, how, layer, batches)
-    before, after = solve_layer(layer, norm, moments, how.weights)
-    return Refit(site, name, before, after)
+        norm = student.get_submodule(aim.how.norm)
+        norm.load_state_dict(original.get_submodule(aim.how.norm).state_dict())
+    moments = _layer_moments(student, aim, goals, batches)
+    before, after = solve_layer(layer, norm, moments, aim.how.weights)
+    return Refit(aim.site, aim.layer, before, after)
 
 
 def solve_layer(
@@ -130,47 +189,55 @@ def _as_weight(columns: Tensor, layer: nn.Conv2d | nn.Linear) -> Tensor:
     return columns.reshape(-1, inputs, outputs).permute(2, 1, 0).reshape(layer.weight.shape)
 
 
+class _RowSampler:
+    """Rows of channels at sampled positions, the same ones for every sampler of the same batches.
+
+    Args:
+        batches: All images; they are to be sampled batch by batch, in this order.
+    """
+
+    def __init__(self, batches: Sequence[Tensor]) -> None:
+        self._sizes = iter([len(batch) for batch in batches])
+        self._images = sum(len(batch) for batch in batches)
+        self._generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, x: Tensor, axis: int) -> Tensor:
+        """The rows (P, C), float32 on the CPU, of (N, ..., C, ...)."""
+        rows = x.movedim(axis, -1).reshape(-1, x.shape[axis])
+        most = max(1, round(_POSITIONS * next(self._sizes) / self._images))
+        kept = sample_positions(len(rows), most, self._generator)
+        return (rows if kept is None else rows[kept.to(rows.device)]).float().cpu()
+
+
 def _layer_moments(
-    student: nn.Module,
-    original: nn.Module,
-    name: str,
-    twin: str,
-    how: Readout,
-    layer: nn.Conv2d | nn.Linear,
-    batches: Sequence[Tensor],
+    student: nn.Module, aim: Aim, goals: Sequence[Tensor], batches: Sequence[Tensor]
 ) -> Moments:
-    axis = 1 if isinstance(layer, nn.Conv2d) else -1
+    layer, how = _layer(student, aim.layer), aim.how
+    axis = _axis(layer)
     inputs = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
     total = MomentSum(inputs, len(layer.weight))
-    generator = torch.Generator().manual_seed(0)
-    images = sum(len(batch) for batch in batches)
-    for batch in batches:
-        if how.merge is None:
-            x = capture(student, batch, {"x": (name, "input")})["x"]
-            y = capture(original, batch, {"y": (twin, "output")})["y"]
-        else:
-            behind = how.norm or name
-            made = capture(
-                student,
-                batch,
-                {"x": (name, "input"), "out": (behind, "output"), "sum": (how.merge, "input")},
-            )
-            goal = capture(original, batch, {"sum": (how.merge, "input")})["sum"]
-            shortcut = made["sum"] - made["out"]
-            x = made["x"]
-            y = corrected(goal, shortcut, how) if axis == 1 else goal - shortcut
-        rows, goals = _rows(x, axis), _rows(y, axis)
-        most = max(1, round(_POSITIONS * len(batch) / images))
-        kept = sample_positions(len(rows), most, generator)
-        if kept is not None:
-            rows, goals = rows[kept.to(rows.device)], goals[kept.to(goals.device)]
-        total.add(rows.float().cpu(), goals.float().cpu())
+    read, shortcuts = _RowSampler(batches), _RowSampler(batches)
+    wanted: dict[str, tuple[str, Side]] = {"x": (aim.layer, "input")}
+    if how.merge is not None:
+        wanted |= {"out": (how.norm or aim.layer, "output"), "sum": (how.merge, "input")}
+    for batch, goal in zip(batches, goals, strict=True):
+        made = capture(student, batch, wanted)
+        if how.merge is not None:
+            goal = corrected(goal, shortcuts(made["sum"] - made["out"], axis), how)
+        total.add(read(made["x"], axis), goal)
     return total.result()
 
 
-def _rows(x: Tensor, axis: int) -> Tensor:
-    """(..., C, ...) as rows of channels."""
-    return x.movedim(axis, -1).reshape(-1, x.shape[axis])
+def _axis(layer: nn.Module) -> int:
+    """Where the channels are in what a layer reads and gives."""
+    return 1 if isinstance(layer, nn.Conv2d) else -1
+
+
+def _layer(student: nn.Module, name: str) -> nn.Conv2d | nn.Linear:
+    layer = student.get_submodule(name)
+    if not isinstance(layer, nn.Conv2d | nn.Linear):
+        raise RecordMismatchError(f"{name} is neither a convolution nor linear.")
+    return layer
 
 
 def _error(

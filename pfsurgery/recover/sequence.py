@@ -25,7 +25,7 @@ from pfsurgery.recover.groups import in_memory
 from pfsurgery.recover.norms import reestimate
 from pfsurgery.recover.options import Option, SiteMoments, fit_option, site_moments
 from pfsurgery.recover.progress import tracked
-from pfsurgery.recover.refit import refit_layer
+from pfsurgery.recover.refit import original_rows, refit_aim, refit_layer
 from pfsurgery.recover.screen import Screen, lifted_kernel, unscreened
 from pfsurgery.recover.target import (
     Readout,
@@ -222,7 +222,7 @@ def _place_op(
     norm = aim.site.neighbours.norm
     if norm is not None:
         reestimate(student, list(batches), {norm})
-    refit = refit_behind(student, teacher, decision, seen, batches)
+    (refit,) = refit_behind(student, teacher, [decision], seen, batches)
     told = f"relative error {refit.after:.3f} behind {refit.layer}" if refit.layer else refit.reason
     return replace(decision, reason=told)
 
@@ -250,7 +250,9 @@ def _place_bare(
         chosen, tail = fit_bare(moments, how.weights, len(ops)).ops, "drop"
     decision = Decision(site, "bare", tail=tail, structure=bare_structure(chosen, ops))  # type: ignore[arg-type]
     apply_plan(student, [decision])
-    refit = refit_layer(student, teacher, site.name, layer, layer, around, batches)
+    goal = refit_aim(student, teacher, site.name, layer, layer, around)
+    (rows,) = original_rows(teacher, [goal], batches)
+    refit = refit_layer(student, teacher, goal, rows, batches)
     return replace(
         decision,
         structure=bare_structure(chosen, ops, refit.after),
