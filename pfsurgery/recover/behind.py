@@ -13,6 +13,7 @@ from pfsurgery.graph import GraphView
 from pfsurgery.neighbours import neighbours_of_module
 from pfsurgery.ops.bottleneck import Bottleneck
 from pfsurgery.plan import Decision
+from pfsurgery.recover.front import Front
 from pfsurgery.recover.refit import Aim, Refit, original_rows, refit_aim, refit_layer
 from pfsurgery.rewrite import Composite
 
@@ -59,11 +60,13 @@ def refit_behind(
         RecordMismatchError: A layer is not in the original.
     """
     aims = [_aim_behind(student, original, decision, seen) for decision in decisions]
-    rows = original_rows(original, [aim for aim in aims if isinstance(aim, Aim)], batches)
+    fitted = [aim for aim in aims if isinstance(aim, Aim)]
+    rows = original_rows(original, fitted, batches)
+    front = Front(student, batches, seen, [aim.twin for aim in fitted])
     for aim in aims:
         started = time.perf_counter()
         if isinstance(aim, Aim):
-            aim = refit_layer(student, original, aim, next(rows), batches)
+            aim = refit_layer(front, original, aim, next(rows))
         yield replace(aim, seconds=time.perf_counter() - started)
 
 

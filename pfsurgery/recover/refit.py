@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pfsurgery.errors import RecordMismatchError
 from pfsurgery.recover.capture import Side, capture
+from pfsurgery.recover.front import Front
 from pfsurgery.recover.gram import Moments, MomentSum, sample_positions
 from pfsurgery.recover.groups import in_memory
 from pfsurgery.recover.linalg import ridge_gcv
@@ -114,28 +115,22 @@ def _rows_of_group(
 
 
 @torch.no_grad()
-def refit_layer(
-    student: nn.Module,
-    original: nn.Module,
-    aim: Aim,
-    goals: Sequence[Tensor],
-    batches: Sequence[Tensor],
-) -> Refit:
+def refit_layer(front: Front, original: nn.Module, aim: Aim, goals: Sequence[Tensor]) -> Refit:
     """Refit a pointwise layer in place, by ridge regression on what it reads now.
 
     Args:
-        student: The edited network, in eval mode.
+        front: The edited network, and the images.
         original: The original, in eval mode.
         aim: The layer, and what it should give.
-        goals: The original's rows for it, from `original_rows` with the same batches.
-        batches: Images (N, C, H, W), one batch each.
+        goals: The original's rows for it, from `original_rows` with the same images.
     """
+    student = front.network
     layer, norm = _layer(student, aim.layer), None
     if aim.how.norm is not None:
         # The layer is fitted to what it gave before, so its norm takes back what it knew then.
         norm = student.get_submodule(aim.how.norm)
         norm.load_state_dict(original.get_submodule(aim.how.norm).state_dict())
-    moments = _layer_moments(student, aim, goals, batches)
+    moments = _layer_moments(front, layer, aim, goals)
     before, after = solve_layer(layer, norm, moments, aim.how.weights)
     return Refit(aim.site, aim.layer, before, after)
 
@@ -210,18 +205,16 @@ class _RowSampler:
 
 
 def _layer_moments(
-    student: nn.Module, aim: Aim, goals: Sequence[Tensor], batches: Sequence[Tensor]
+    front: Front, layer: nn.Conv2d | nn.Linear, aim: Aim, goals: Sequence[Tensor]
 ) -> Moments:
-    layer, how = _layer(student, aim.layer), aim.how
-    axis = _axis(layer)
+    how, axis = aim.how, _axis(layer)
     inputs = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
     total = MomentSum(inputs, len(layer.weight))
-    read, shortcuts = _RowSampler(batches), _RowSampler(batches)
+    read, shortcuts = _RowSampler(front.batches), _RowSampler(front.batches)
     wanted: dict[str, tuple[str, Side]] = {"x": (aim.layer, "input")}
     if how.merge is not None:
         wanted |= {"out": (how.norm or aim.layer, "output"), "sum": (how.merge, "input")}
-    for batch, goal in zip(batches, goals, strict=True):
-        made = capture(student, batch, wanted)
+    for made, goal in zip(front.captures(aim.twin, wanted), goals, strict=True):
         if how.merge is not None:
             goal = corrected(goal, shortcuts(made["sum"] - made["out"], axis), how)
         total.add(read(made["x"], axis), goal)

@@ -20,6 +20,7 @@ from pfsurgery.recover.capture import capture
 from pfsurgery.recover.channels import ChannelFit, ChannelSums, fold_into_norm
 from pfsurgery.recover.columns import Operation, kernel_columns
 from pfsurgery.recover.fit_columns import fit_bare
+from pfsurgery.recover.front import Front
 from pfsurgery.recover.gram import sample_positions
 from pfsurgery.recover.groups import in_memory
 from pfsurgery.recover.norms import reestimate
@@ -76,9 +77,10 @@ def refit_in_order(
     ]
     done: dict[str, Decision] = {}
     rows = goals_of(teacher, aims, batches)
+    front = Front(student, batches, seen, [aim.site.name for aim in aims])
     for aim, goals in zip(tracked(aims, "fitting"), rows, strict=True):
         name = aim.site.name
-        decision = place(teacher, student, aim, goals, batches, seen, screens.get(name))
+        decision = place(teacher, front, aim, goals, seen, screens.get(name))
         done[name] = decision
         tell(f"{name}: {decision.label}, {decision.reason}")
     return done
@@ -122,10 +124,9 @@ def goals_of(
 
 def place(
     teacher: nn.Module,
-    student: nn.Module,
+    front: Front,
     aim: Aim,
     goals: Sequence[Tensor],
-    batches: Sequence[Tensor],
     seen: GraphView,
     screen: Screen | None = None,
 ) -> Decision:
@@ -133,19 +134,19 @@ def place(
 
     Args:
         teacher: The original, in eval mode.
-        student: The edited network, whose site still is its convolution; changed in place.
+        front: The images, and the edited network, whose site still is its convolution; changed in
+            place.
         aim: The site and what it becomes.
         goals: Its rows from `goals_of`.
-        batches: Images (N, C, H, W), one batch each.
         seen: The graph view of the original.
         screen: Directions that stand for the channels of a very wide site.
     """
     if aim.option.form == "op":
-        return _place_op(teacher, student, aim, batches, seen)
+        return _place_op(teacher, front, aim, seen)
     if aim.option.form == "bare":
-        return _place_bare(teacher, student, aim, goals, batches, seen)
-    problem = fitting_problem(teacher, student, aim, goals, batches, screen)
-    return place_fit(student, aim, problem, screen)
+        return _place_bare(teacher, front, aim, goals, seen)
+    problem = fitting_problem(teacher, front, aim, goals, screen)
+    return place_fit(front.network, aim, problem, screen)
 
 
 def site_kernel(teacher: nn.Module, site: Site, ops: Sequence[Operation]) -> Tensor:
@@ -178,16 +179,15 @@ def reuse(site: Site) -> float:
 
 def fitting_problem(
     teacher: nn.Module,
-    student: nn.Module,
+    front: Front,
     aim: Aim,
     goals: Sequence[Tensor],
-    batches: Sequence[Tensor],
     screen: Screen | None = None,
 ) -> SiteMoments:
     """What any fitted form of the site is fitted to; arguments as for `place`."""
     site, how = aim.site, aim.how
     ops = site_operations(site)
-    found = refit_moments(student, site, batches, goals, ops, how, POSITIONS, screen=screen)
+    found = refit_moments(front, site, goals, ops, how, POSITIONS, screen=screen)
     kernel = lifted_kernel(site_kernel(teacher, site, ops), screen)
     return site_moments(found.with_prior(kernel, _PRIOR), how.weights, ops, reuse=reuse(site))
 
@@ -209,50 +209,40 @@ def place_fit(
     return decision
 
 
-def _place_op(
-    teacher: nn.Module,
-    student: nn.Module,
-    aim: Aim,
-    batches: Sequence[Tensor],
-    seen: GraphView,
-) -> Decision:
+def _place_op(teacher: nn.Module, front: Front, aim: Aim, seen: GraphView) -> Decision:
     """An op that is not fitted: its norm is re-estimated, the layer that takes it refitted."""
+    student, batches = front.network, list(front.batches)
     decision = decide(aim.site, Rule(aim.option.op))
     apply_plan(student, [decision])
     norm = aim.site.neighbours.norm
     if norm is not None:
-        reestimate(student, list(batches), {norm})
+        reestimate(student, batches, {norm})
     (refit,) = refit_behind(student, teacher, [decision], seen, batches)
     told = f"relative error {refit.after:.3f} behind {refit.layer}" if refit.layer else refit.reason
     return replace(decision, reason=told)
 
 
 def _place_bare(
-    teacher: nn.Module,
-    student: nn.Module,
-    aim: Aim,
-    goals: Sequence[Tensor],
-    batches: Sequence[Tensor],
-    seen: GraphView,
+    teacher: nn.Module, front: Front, aim: Aim, goals: Sequence[Tensor], seen: GraphView
 ) -> Decision:
     """One operation a channel; the pointwise layer behind is refitted on what it then reads."""
-    site, layer = aim.site, _layer_behind(aim.site)
+    site, layer, student = aim.site, _layer_behind(aim.site), front.network
     ops, around = site_operations(site), neighbours_of_module(layer, seen)
     if site.kind == "depthwise":
         ops = channel_operations(site)
-        found = _channel_refit(teacher, student, site, batches)
+        found = _channel_refit(teacher, front, site)
         if site.neighbours.norm is not None:
             fold_into_norm(student.get_submodule(site.neighbours.norm), found)
         chosen, tail = found.ops, "keep"
     else:
         how = aim.how
-        moments = refit_moments(student, site, batches, goals, ops, how, POSITIONS, layer)
+        moments = refit_moments(front, site, goals, ops, how, POSITIONS, layer)
         chosen, tail = fit_bare(moments, how.weights, len(ops)).ops, "drop"
     decision = Decision(site, "bare", tail=tail, structure=bare_structure(chosen, ops))  # type: ignore[arg-type]
     apply_plan(student, [decision])
     goal = refit_aim(student, teacher, site.name, layer, layer, around)
-    (rows,) = original_rows(teacher, [goal], batches)
-    refit = refit_layer(student, teacher, goal, rows, batches)
+    (rows,) = original_rows(teacher, [goal], front.batches)
+    refit = refit_layer(front, teacher, goal, rows)
     return replace(
         decision,
         structure=bare_structure(chosen, ops, refit.after),
@@ -298,17 +288,15 @@ def channel_fits(
     return {site.name: sums[site.name].fit(site_readout(model, site).weights) for site in sites}
 
 
-def _channel_refit(
-    teacher: nn.Module, student: nn.Module, site: Site, batches: Sequence[Tensor]
-) -> ChannelFit:
+def _channel_refit(teacher: nn.Module, front: Front, site: Site) -> ChannelFit:
     """The best operation for each channel, with inputs from the edited network."""
     sums = ChannelSums(len(channel_operations(site)), site.geometry.in_channels)
     generator = torch.Generator().manual_seed(0)
-    images = sum(len(batch) for batch in batches)
-    for batch in batches:
+    images = sum(len(batch) for batch in front.batches)
+    read = front.captures(site.name, {"x": (site.name, "input")})
+    for batch, made in zip(front.batches, read, strict=True):
         y = capture(teacher, batch, {"y": (site.name, "output")})["y"]
-        x = capture(student, batch, {"x": (site.name, "input")})["x"]
-        _add_channels(sums, site, x, y, images, generator)
+        _add_channels(sums, site, made["x"], y, images, generator)
     return sums.fit(site_readout(teacher, site).weights)
 
 

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pfsurgery.errors import DataError
 from pfsurgery.recover.capture import Side, capture
 from pfsurgery.recover.columns import Operation, Window, column_rows, operations
+from pfsurgery.recover.front import Front
 from pfsurgery.recover.gram import Moments, MomentSum, sample_positions
 from pfsurgery.recover.screen import Screen, screened
 from pfsurgery.sites import Neighbours, Site
@@ -215,9 +216,8 @@ def goal_rows(
 
 
 def refit_moments(
-    student: nn.Module,
+    front: Front,
     site: Site,
-    batches: Sequence[Tensor],
     goals: Sequence[Tensor],
     ops: Sequence[Operation],
     how: Readout,
@@ -232,10 +232,9 @@ def refit_moments(
     corrects what the sites before it got wrong.
 
     Args:
-        student: The edited network, whose site still is its convolution.
+        front: The edited network, whose site still is its convolution, and the images.
         site: The site.
-        batches: Images (N, C, H, W), one batch each.
-        goals: The original's rows of this site, from `goal_rows` with the same batches.
+        goals: The original's rows of this site, from `goal_rows` with the same images.
         ops: The operations of its columns.
         how: How its output counts.
         most: Positions that are looked at, about.
@@ -244,13 +243,12 @@ def refit_moments(
     """
     total: MomentSum | None = None
     window = site_window(site)
-    sampler, shortcuts = (_Sampler(site, batches, most) for _ in range(2))
+    sampler, shortcuts = (_Sampler(site, front.batches, most) for _ in range(2))
     wanted: dict[str, tuple[str, Side]] = {"x": (site.name, "input")}
     if how.merge is not None:
         wanted |= {"out": (how.norm or layer or site.name, "output"), "sum": (how.merge, "input")}
     calls = dict.fromkeys(wanted, site.calls)
-    for batch, goal in zip(batches, goals, strict=True):
-        made = capture(student, batch, wanted, calls)
+    for made, goal in zip(front.captures(site.name, wanted, calls), goals, strict=True):
         x = screened(made["x"].float(), screen)
         total = total or MomentSum(len(ops) * x.shape[1], goal.shape[1])
         if how.merge is not None:

@@ -13,6 +13,7 @@ from pfsurgery.graph import GraphView, view
 from pfsurgery.modules import get_module, set_module
 from pfsurgery.recover.capture import outputs
 from pfsurgery.recover.choices import Choices
+from pfsurgery.recover.front import Front
 from pfsurgery.recover.options import Option
 from pfsurgery.recover.polish import distance
 from pfsurgery.recover.sequence import aim_at, fitting_problem, goals_of, place, place_fit
@@ -79,12 +80,12 @@ def damages(
             if option.form in ("bare", "op"):  # these change more than the site
                 (goals,) = goals_of(teacher, [aim], batches)
                 own = copy.deepcopy(teacher)
-                place(teacher, own, aim, goals, batches, seen)
+                place(teacher, Front(own, batches), aim, goals, seen)
                 found.append(measure(own))
                 continue
             if problem is None:
                 (goals,) = goals_of(teacher, [aim], batches)
-                problem = fitting_problem(teacher, teacher, aim, goals, batches, screen)
+                problem = fitting_problem(teacher, Front(teacher, batches), aim, goals, screen)
             place_fit(teacher, aim, problem, screen)
             found.append(measure(teacher))
     finally:

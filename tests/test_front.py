@@ -1,0 +1,128 @@
+"""Layers are refitted one after another without running what lies before them again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import pfsurgery
+from pfsurgery.recover import front
+
+runs: list[str] = []
+
+
+class Block(nn.Module):
+    def __init__(self, name: str, width: int = 8) -> None:
+        super().__init__()
+        self.name = name
+        self.reduce = nn.Conv2d(width, width, 1)
+        self.spatial = nn.Conv2d(width, width, 3, padding=1)
+        self.expand = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        runs.append(self.name)
+        return F.relu(x + self.expand(F.relu(self.spatial(F.relu(self.reduce(x))))))
+
+
+class Split(nn.Module):
+    """Returns more than one tensor, one of them integers."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, int]]:
+        return x, (torch.arange(x.shape[-1]), x.shape[-1])
+
+
+class Winding(nn.Module):
+    """Functions, in-place ones too, a shared module and a long skip between its blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.act = nn.ReLU(inplace=True)
+        self.first, self.second = Block("first"), Block("second")
+        self.inner, self.last = Block("inner"), Block("last")
+        self.split = Split()
+        self.scale = nn.Parameter(torch.rand(8, 1, 1))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.stem(x)) * self.scale
+        x = self.act(self.first(x).sub_(0.1))
+        x, (index, size) = self.split(x)
+        x = x[..., index] / size
+        x = self.act(self.second(x) - 0.01)
+        skip = x
+        x = self.inner(x)
+        x += skip
+        return self.head(self.last(x).mean((2, 3)))
+
+
+def images(size: int) -> list[Tensor]:
+    return list(torch.randn(20, 3, size, size, generator=torch.Generator().manual_seed(0)).split(8))
+
+
+def reconstructed(model: nn.Module, batches: list[Tensor]) -> nn.Module:
+    fast = pfsurgery.convert(model, "maxpool_all", example=batches[0][:1])
+    assert any(refit.layer for refit in pfsurgery.reconstruct(fast, model, batches))
+    return fast
+
+
+def fitted(model: nn.Module, batches: list[Tensor]) -> nn.Module:
+    policy = pfsurgery.budget(macs="80%")
+    return pfsurgery.convert(model, policy, images=batches, example=batches[0][:1])
+
+
+def bare(model: nn.Module, batches: list[Tensor]) -> nn.Module:
+    return pfsurgery.convert(model, pfsurgery.bare(), images=batches, example=batches[0][:1])
+
+
+def densenet() -> nn.Module:
+    return timm.create_model("densenet121", growth_rate=8, block_config=(2, 2, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("build", "make"),
+    [
+        (Winding, reconstructed),
+        (Winding, fitted),
+        (Winding, bare),
+        (densenet, reconstructed),
+        (lambda: timm.create_model("test_resnet"), reconstructed),
+        (lambda: timm.create_model("test_efficientnet"), bare),
+    ],
+)
+def test_same_as_running_everything_again(
+    build: Callable[[], nn.Module],
+    make: Callable[[nn.Module, list[Tensor]], nn.Module],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    model = build().eval()
+    batches = images(32)
+    resumed = make(model, batches).state_dict()
+    monkeypatch.setattr(front, "_MEMORY", 0)
+    again = make(model, batches).state_dict()
+    assert resumed.keys() == again.keys()
+    assert all(torch.equal(resumed[name], again[name]) for name in resumed)
+
+
+def test_what_lies_before_a_layer_is_not_run_for_every_layer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    stem = nn.Conv2d(3, 8, 3, padding=1)
+    model = nn.Sequential(stem, *(Block(str(i)) for i in range(6)), nn.Flatten()).eval()
+    batches = images(8)
+    fast = pfsurgery.convert(model, "maxpool_all", example=batches[0][:1])
+    more_often = []
+    for memory in (front._MEMORY, 0):
+        monkeypatch.setattr(front, "_MEMORY", memory)
+        runs.clear()
+        pfsurgery.reconstruct(copy.deepcopy(fast), model, batches)
+        more_often.append((runs.count("0") - runs.count("5")) / len(batches))
+    assert more_often == [1, 5]  # the last block is run for itself alone
