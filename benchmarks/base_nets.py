@@ -29,6 +29,7 @@ from torch import Tensor, nn
 CACHE = Path(__file__).parent / "cache"
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
+BATCH = 128
 # Cycles of training: peak rate, side of the random crops in each epoch (small ones are faster).
 CYCLES: dict[str, tuple[tuple[float, tuple[int, ...]], ...]] = {
     "basic": ((0.15, (24, 24, 24, 24, 32, 32)), (0.1, (32, 32, 32, 32, 32))),
@@ -147,59 +148,79 @@ def decayed(model: nn.Module) -> list[dict[str, object]]:
     return [{"params": kernels, "weight_decay": 5e-4}, {"params": rest, "weight_decay": 0.0}]
 
 
-def _cycle(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    rate: float,
-    sizes: tuple[int, ...],
-    generator: torch.Generator,
-) -> None:
-    """One cycle of SGD with a one-cycle schedule, an epoch for each crop size."""
-    batch = 128
-    steps = len(labels) // batch
-    optimiser = torch.optim.SGD(decayed(model), lr=rate, momentum=0.9, nesterov=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, rate, total_steps=steps * len(sizes), pct_start=0.25
-    )
-    start = time.perf_counter()
-    for epoch, size in enumerate(sizes):
-        model.train()
-        total = 0.0
-        order = torch.randperm(len(labels), generator=generator)
-        for index in order[: steps * batch].split(batch):
-            x = normalise(augment(images[index], size, generator))
-            with autocast(model):
-                scores = model(x)
-            loss = F.cross_entropy(scores.float(), labels[index], label_smoothing=0.05)
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-            total += float(loss.detach())
-        seconds = time.perf_counter() - start
-        print(
-            f"epoch {epoch + 1}/{len(sizes)} loss {total / steps:.3f} {seconds:.0f} s", flush=True
-        )
-
-
 def train(net: str, data: Path | None = None, cache: Path = CACHE) -> nn.Module:
-    """Trains base network `net` and stores it; its accuracy goes into a JSON file beside it."""
+    """Trains base network `net` and stores it; its accuracy goes into a JSON file beside it.
+
+    Each cycle is SGD with a one-cycle schedule, an epoch for each crop size. A training that was
+    killed goes on behind its last epoch.
+    """
     torch.manual_seed(0)
     images, labels = load_images("train", data, cache)
     val = load_images("val", data, cache)
     model = build(net).to(memory_format=torch.channels_last)
-    start = time.perf_counter()
-    for seed, (rate, sizes) in enumerate(CYCLES[net]):
-        print(f"{net}, cycle {seed + 1} of {len(CYCLES[net])}", flush=True)
-        _cycle(model, images, labels, rate, sizes, torch.Generator().manual_seed(seed))
+    seconds, before = 0.0, 0
+    for cycle, (rate, sizes) in enumerate(CYCLES[net]):
+        steps = len(labels) // BATCH
+        optimiser = torch.optim.SGD(decayed(model), lr=rate, momentum=0.9, nesterov=True)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimiser, rate, total_steps=steps * len(sizes), pct_start=0.25
+        )
+        generator = torch.Generator().manual_seed(cycle)
+        saved = cache / f"{net}.cycle{cycle}.pt"
+        first = 0
+        if saved.exists():
+            kept = torch.load(saved)
+            model.load_state_dict(kept["model"])
+            optimiser.load_state_dict(kept["optimiser"])
+            schedule.load_state_dict(kept["schedule"])
+            generator.set_state(kept["generator"])
+            first, seconds = kept["epochs"], kept["seconds"]
+        for epoch in range(first, len(sizes)):
+            start = time.perf_counter()
+            loss = _epoch(model, images, labels, sizes[epoch], optimiser, schedule, generator)
+            seconds += time.perf_counter() - start
+            print(
+                f"{net}, epoch {before + epoch + 1}, loss {loss:.3f}, {seconds:.0f} s", flush=True
+            )
+            kept = {"epochs": epoch + 1, "seconds": seconds, "generator": generator.get_state()}
+            kept |= {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
+            torch.save(kept | {"schedule": schedule.state_dict()}, saved)
+        before += len(sizes)
     top1 = accuracy(model, *val)
     torch.save(model.state_dict(), cache / f"{net}.pt")
-    epochs = sum(len(sizes) for _, sizes in CYCLES[net])
-    facts = {"top1": top1, "epochs": epochs, "seconds": time.perf_counter() - start}
+    facts = {"top1": top1, "epochs": before, "seconds": seconds}
     (cache / f"{net}.json").write_text(json.dumps(facts, indent=1))
+    for cycle in range(len(CYCLES[net])):
+        (cache / f"{net}.cycle{cycle}.pt").unlink()
     print(f"{net}: {top1:.2f} % of {len(val[1])} validation images", flush=True)
     return model.eval()
+
+
+def _epoch(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    size: int,
+    optimiser: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    generator: torch.Generator,
+) -> float:
+    """One epoch on crops of `size` pixels; returns the mean loss."""
+    model.train()
+    steps = len(labels) // BATCH
+    total = 0.0
+    order = torch.randperm(len(labels), generator=generator)
+    for index in order[: steps * BATCH].split(BATCH):
+        x = normalise(augment(images[index], size, generator))
+        with autocast(model):
+            scores = model(x)
+        loss = F.cross_entropy(scores.float(), labels[index], label_smoothing=0.05)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        total += float(loss.detach())
+    return total / steps
 
 
 def load_net(net: str, data: Path | None = None, cache: Path = CACHE) -> nn.Module:
