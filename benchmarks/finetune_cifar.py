@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=here / "cache")
     parser.add_argument("--net", choices=list(base_nets.CYCLES), default="basic")
     parser.add_argument("--policy", default="maxpool_deep", help="a policy's name, or stride_1")
-    parser.add_argument("--lr", type=float, default=0.03)
+    parser.add_argument("--lr", type=float, default=0.12)
     parser.add_argument("--match-weight", type=float, default=0.0)
     parser.add_argument("--changed-lr", type=float, default=1.0)
     parser.add_argument("--steps", type=int, help="a quarter of the base's by default")
