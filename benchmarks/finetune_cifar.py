@@ -2,9 +2,9 @@
 
     python benchmarks/finetune_cifar.py --data DIR --net basic --policy maxpool_deep
 
-`DIR` holds `train.tar` and `val.tar` (see base_nets.py). `--policy stride_1` replaces every site
-that has no stride. Figure and JSON go to `benchmarks/results/`; a run that was killed goes on where
-it was.
+`DIR` holds `train.tar` and `val.tar` (see base_nets.py). `--policy stride_1` puts max-pooling at
+every site that has no stride; `--policy bare_stride_1` puts there one operation a channel, chosen
+from images. Figure and JSON go to `benchmarks/results/`; a run that was killed goes on where it was.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import base_nets
 import machine
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 import pfsurgery
@@ -46,6 +47,25 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
         return base_nets.normalise(image[None])[0], self.labels[index]
 
 
+def recovered(original: nn.Module, policy: str, calibration: Sequence[Tensor]) -> nn.Module:
+    """The converted network, refitted without training."""
+    example = torch.zeros(1, 3, 32, 32)
+    if policy == "bare_stride_1":
+        return pfsurgery.convert(
+            original,
+            pfsurgery.bare(),
+            example=example,
+            where=lambda site: site.geometry.stride == (1, 1),
+            images=calibration,
+        )
+    fast = pfsurgery.convert(
+        original, STRIDE_1 if policy == "stride_1" else policy, example=example
+    )
+    pfsurgery.recalibrate(fast, calibration)
+    pfsurgery.reconstruct(fast, original, list(calibration))
+    return fast
+
+
 def fine_tuned(args: argparse.Namespace) -> dict[str, Any]:
     original = base_nets.load_net(args.net, args.data, args.cache)
     base = json.loads((args.cache / f"{args.net}.json").read_text())
@@ -55,11 +75,7 @@ def fine_tuned(args: argparse.Namespace) -> dict[str, Any]:
     quarter = base["epochs"] * (len(labels) // BATCH) // 4
     steps = args.steps or quarter
 
-    policy = STRIDE_1 if args.policy == "stride_1" else args.policy
-    fast = pfsurgery.convert(original, policy, example=torch.zeros(1, 3, 32, 32))
-    calibration = base_nets.normalise(images[:2000]).split(100)
-    pfsurgery.recalibrate(fast, calibration)
-    pfsurgery.reconstruct(fast, original, list(calibration))
+    fast = recovered(original, args.policy, base_nets.normalise(images[:2000]).split(100))
     before = pfsurgery.evaluate(fast, val, batch_size=500)
 
     config = pfsurgery.FinetuneConfig(
@@ -112,7 +128,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of CIFAR-10's tar files")
     parser.add_argument("--cache", type=Path, default=here / "cache")
     parser.add_argument("--net", choices=list(base_nets.CYCLES), default="basic")
-    parser.add_argument("--policy", default="maxpool_deep", help="a policy's name, or stride_1")
+    parser.add_argument(
+        "--policy", default="maxpool_deep", help="a policy's name, stride_1, bare_stride_1"
+    )
     parser.add_argument("--lr", type=float, default=0.12)
     parser.add_argument("--match-weight", type=float, default=0.0)
     parser.add_argument("--changed-lr", type=float, default=1.0)
