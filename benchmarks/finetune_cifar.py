@@ -4,7 +4,8 @@
 
 `DIR` holds `train.tar` and `val.tar` (see base_nets.py). `--policy stride_1` puts max-pooling at
 every site that has no stride; `--policy bare_stride_1` puts there one operation a channel, chosen
-from images. Figure and JSON go to `benchmarks/results/`; a run that was killed goes on where it was.
+from images. Figure and JSON go to `benchmarks/results/`; a run that was killed goes on where it
+was.
 """
 
 from __future__ import annotations
