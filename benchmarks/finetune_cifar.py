@@ -4,8 +4,8 @@
 
 `DIR` holds `train.tar` and `val.tar` (see base_nets.py). `--policy stride_1` puts max-pooling at
 every site that has no stride; `--policy bare_stride_1` puts there one operation a channel, chosen
-from images. Figure and JSON go to `benchmarks/results/`; a run that was killed goes on where it
-was.
+from images, and `--policy budget_stride_1` fitted columns at the multiply-adds of `stride_1`.
+Figure and JSON go to `benchmarks/results/`; a run that was killed goes on where it was.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 import pfsurgery
+from pfsurgery.measure import count
 from pfsurgery.policy import Policy, Rule
 
 BATCH = 128
@@ -48,20 +49,24 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
         return base_nets.normalise(image[None])[0], self.labels[index]
 
 
+def without_stride(site: pfsurgery.Site) -> bool:
+    return site.geometry.stride == (1, 1)
+
+
 def recovered(original: nn.Module, policy: str, calibration: Sequence[Tensor]) -> nn.Module:
     """The converted network, refitted without training."""
     example = torch.zeros(1, 3, 32, 32)
-    if policy == "bare_stride_1":
+    pooled = STRIDE_1 if policy.endswith("stride_1") else policy
+    fast = pfsurgery.convert(original, pooled, example=example)
+    if policy in ("bare_stride_1", "budget_stride_1"):
+        budget = pfsurgery.budget(macs=count(fast, example).macs, thin=False)
         return pfsurgery.convert(
             original,
-            pfsurgery.bare(),
+            budget if policy == "budget_stride_1" else pfsurgery.bare(),
             example=example,
-            where=lambda site: site.geometry.stride == (1, 1),
+            where=without_stride,
             images=calibration,
         )
-    fast = pfsurgery.convert(
-        original, STRIDE_1 if policy == "stride_1" else policy, example=example
-    )
     pfsurgery.recalibrate(fast, calibration)
     pfsurgery.reconstruct(fast, original, list(calibration))
     return fast
@@ -130,7 +135,9 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=here / "cache")
     parser.add_argument("--net", choices=list(base_nets.CYCLES), default="basic")
     parser.add_argument(
-        "--policy", default="maxpool_deep", help="a policy's name, stride_1, bare_stride_1"
+        "--policy",
+        default="maxpool_deep",
+        help="a policy's name, or stride_1, bare_stride_1, budget_stride_1",
     )
     parser.add_argument("--lr", type=float, default=0.12)
     parser.add_argument("--match-weight", type=float, default=0.0)
