@@ -29,7 +29,7 @@ class Run:
     """What the steps of a run are made with.
 
     Attributes:
-        model: The model itself, without any wrapper.
+        model: The model itself, without any wrapper; with FSDP the copy that is sharded.
         objective: Gives the loss of a batch; its `student` is the prepared model.
         batches: Training images.
         optimizer: As prepared by the accelerator.
@@ -38,6 +38,7 @@ class Run:
         ramp: Of a gradual conversion, if there is one.
         config: Settings.
         accelerator: Accelerate's.
+        sharded: Whether the model is split over processes.
         total: Step at which the run ends.
         write: Writes a record into the log.
     """
@@ -51,6 +52,7 @@ class Run:
     ramp: Ramp | None
     config: FinetuneConfig
     accelerator: Any
+    sharded: bool
     total: int
     write: Write
 
@@ -169,7 +171,8 @@ def train_step(run: Run, batches: list[Any], step: int) -> Tensor:
         seed_step(run.config.seed, step, accelerator.process_index)
         for place, batch in enumerate(batches):
             last = place == len(batches) - 1
-            with nullcontext() if last else accelerator.no_sync(objective.student):
+            now = last or run.sharded  # whole gradients of a sharded model would not fit
+            with nullcontext() if now else accelerator.no_sync(objective.student):
                 loss = objective.loss(batch, first=step == 0) / len(batches)
                 accelerator.backward(loss)
             total += loss.detach()

@@ -17,6 +17,7 @@ from pfsurgery.recover import snapshot
 from pfsurgery.recover.config import FinetuneConfig, FinetuneResult
 from pfsurgery.recover.optimizer import check_optimizer
 from pfsurgery.recover.prepare import check_backend
+from pfsurgery.recover.sharding import check_sharding, forgotten_afterwards
 from pfsurgery.recover.source import opened
 from pfsurgery.recover.state import (
     keep_random_state,
@@ -97,6 +98,7 @@ def finetune(
         stack.enter_context(keep_random_state())
         stack.enter_context(keep_train_flags(*(m for m in (model, teacher) if m is not None)))
         stack.enter_context(_frozen(teacher))
+        stack.enter_context(forgotten_afterwards())
         accelerator = stack.enter_context(_accelerator(model, config))
         train_loader, val_loader = opened(train, val, model, config, labelled=teacher is None)
         if folder is not None:
@@ -133,6 +135,7 @@ def check_run(
     """Raise what can be known to go wrong before any image is read; arguments as of `finetune`."""
     check_optimizer(config)
     check_backend(config)
+    check_sharding(config)
     for name in ("match_weight", "stage_weight", "ramp", "max_drop"):
         if getattr(config, name) and teacher is None:
             raise TrainingError(f"{name} needs a teacher: the model as it was before.")
@@ -193,13 +196,13 @@ def _accelerator(model: nn.Module, config: FinetuneConfig) -> Iterator[Any]:
             f"This process already uses Accelerate with another precision than "
             f"mixed_precision={config.mixed_precision!r}: {error}"
         ) from error
-    kinds = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+    kinds = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
     try:
         if accelerator.distributed_type in kinds:
             raise TrainingError(
                 f"{accelerator.distributed_type.value} splits a model over processes, which is "
-                f"not supported here. Launch with plain data parallelism (torchrun, or accelerate "
-                f"launch --multi_gpu)."
+                f"not supported here. Launch with FSDP (fsdp_version: 2) or plain data parallelism "
+                f"(torchrun, or accelerate launch --multi_gpu)."
             )
         yield accelerator
     finally:

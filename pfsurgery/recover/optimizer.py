@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from pfsurgery.errors import TrainingError, UnknownNameError, closest
 from pfsurgery.recover.blocks import changed_parameters
 from pfsurgery.recover.config import FinetuneConfig
+from pfsurgery.recover.state import share_of, whole
 
 _FUSED = ("sgd", "adam", "adamw")  # torch's own, which have a fused step on every device
+_FUSED_ON_SHARDS = ("adam", "adamw")
 
 
 def check_optimizer(config: FinetuneConfig) -> None:
@@ -24,11 +26,13 @@ def check_optimizer(config: FinetuneConfig) -> None:
         )
 
 
-def make_optimizer(model: nn.Module, config: FinetuneConfig) -> Any:
-    """An optimizer of timm's over `parameter_groups`."""
+def make_optimizer(model: nn.Module, config: FinetuneConfig, *, sharded: bool = False) -> Any:
+    """An optimizer of timm's over `parameter_groups`; `sharded` if the model is split by FSDP."""
     from timm.optim import create_optimizer_v2
 
-    fused = {"fused": True} if config.optimizer.lower() in _FUSED else {}
+    names = _FUSED_ON_SHARDS if sharded else _FUSED
+    fits = not (sharded and config.mixed_precision == "fp16")  # whose scale is no shard
+    fused = {"fused": True} if fits and config.optimizer.lower() in names else {}
     return create_optimizer_v2(
         parameter_groups(model, config),
         opt=config.optimizer,
@@ -112,3 +116,41 @@ def set_rate(optimizer: Any, scheduler: Any, step: int, factor: float, frozen: i
         if step < frozen and not group["changed"]:
             group["lr"] = 0.0
     return float(highest)
+
+
+def whole_state(optimizer: Any, *, keep: bool) -> dict[str, Any]:
+    """The state, each tensor put together if it is split over processes.
+
+    All processes must call it; those that do not `keep` what is put together need no room for it.
+    """
+    state: dict[str, Any] = optimizer.state_dict()
+    return {
+        **state,
+        "state": {
+            place: {name: _whole(value, keep) for name, value in entries.items()}
+            for place, entries in state["state"].items()
+        },
+    }
+
+
+def load_state(optimizer: Any, state: dict[str, Any]) -> None:
+    """Load what `whole_state` gave; of tensors that are split over processes, the own share."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    shares = {
+        place: {name: _share(value, parameters[place]) for name, value in entries.items()}
+        for place, entries in state["state"].items()
+        if place < len(parameters)
+    }
+    optimizer.load_state_dict({**state, "state": {**state["state"], **shares}})
+
+
+def _whole(value: Any, keep: bool) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    together = whole(value)
+    return together if keep else None
+
+
+def _share(value: Any, parameter: Tensor) -> Any:
+    of_parameter = isinstance(value, Tensor) and value.shape == parameter.shape
+    return share_of(value, parameter) if of_parameter else value

@@ -19,6 +19,7 @@ from pfsurgery.recover.order import TrainBatches
 from pfsurgery.recover.progress import Write
 from pfsurgery.recover.ramp import Ramp
 from pfsurgery.recover.remembered import RememberedLogits
+from pfsurgery.recover.sharding import shard
 
 
 def build_run(
@@ -28,10 +29,14 @@ def build_run(
     config: FinetuneConfig,
     accelerator: Any,
     write: Write,
+    sharding: Any = None,
 ) -> Run:
-    """Everything that steps are made with; the models must be on the accelerator's device."""
+    """Everything that steps are made with; the models must be on the accelerator's device.
+
+    With `sharding`, of `pfsurgery.recover.sharding`, the model is split over the processes.
+    """
     steps_per_epoch, total = _planned_steps(batches, config)
-    average = _average(model, config)
+    average = _average(model, config, sharding)
     matches = () if teacher is None else _matches(model, teacher, config)
     ramp = None
     if config.ramp and teacher is not None:
@@ -45,7 +50,10 @@ def build_run(
     alone = accelerator.num_processes == 1 and not (matches or mixed)
     if config.teacher_cache and config.kd_weight and guide is not None and alone:
         remembered = RememberedLogits(_logits_by(guide, config, accelerator), batches.start(1, 0))
-    student, optimizer = accelerator.prepare(model, make_optimizer(model, config))
+    if sharding is None:
+        student, optimizer = accelerator.prepare(model, make_optimizer(model, config))
+    else:
+        student, optimizer = _sharded(model, config, accelerator, sharding)
     return Run(
         model=model,
         objective=Objective(
@@ -64,6 +72,7 @@ def build_run(
         ramp=ramp,
         config=config,
         accelerator=accelerator,
+        sharded=sharding is not None,
         total=total,
         write=write,
     )
@@ -86,13 +95,28 @@ def _logits_by(
     return logits
 
 
-def _average(model: nn.Module, config: FinetuneConfig) -> Any:
+def _sharded(
+    model: nn.Module, config: FinetuneConfig, accelerator: Any, sharding: Any
+) -> tuple[nn.Module, Any]:
+    """The model, sharded in place, and an optimizer over its shards."""
+    from accelerate.utils import convert_outputs_to_fp32
+
+    shard(model, sharding)
+    model.forward = convert_outputs_to_fp32(accelerator.autocast()(model.forward))
+    return model, accelerator.prepare_optimizer(make_optimizer(model, config, sharded=True))
+
+
+def _average(model: nn.Module, config: FinetuneConfig, sharding: Any) -> Any:
     """A moving average by timm, whose decay rises in the first steps; None without."""
     if not config.ema:
         return None
     from timm.utils import ModelEmaV3
 
-    return ModelEmaV3(model, decay=config.ema, use_warmup=True)
+    # shards and buffers, which are whole, cannot be averaged in one call
+    average = ModelEmaV3(model, decay=config.ema, use_warmup=True, foreach=sharding is None)
+    if sharding is not None:
+        shard(average.module, sharding)
+    return average
 
 
 def _classes(model: nn.Module) -> int:

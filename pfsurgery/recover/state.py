@@ -50,10 +50,26 @@ def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     return torch.device("cpu"), torch.float32
 
 
+def whole(value: Tensor) -> Tensor:
+    """`value`; put together on the CPU if it is split over processes, which must all call this."""
+    together = getattr(value, "full_tensor", None)
+    return value if together is None else together().cpu()
+
+
+def share_of(value: Tensor, like: Tensor) -> Tensor:
+    """What this process has of `value` where `like`, of the same shape, is split over processes."""
+    if not hasattr(like, "full_tensor"):
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(like, DTensor)
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+
 def copy_weights(model: nn.Module) -> dict[str, Tensor]:
     """A copy of the state dict on the CPU, each tensor contiguous and with its own memory."""
     return {
-        name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        name: whole(value.detach()).to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, value in model.state_dict().items()
         if isinstance(value, Tensor)
     }

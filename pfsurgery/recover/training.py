@@ -21,11 +21,20 @@ from pfsurgery.recover.epoch import DivergedError, LossWindow, Run, train_epoch
 from pfsurgery.recover.evaluate import Accuracy, score
 from pfsurgery.recover.give_back import give_back
 from pfsurgery.recover.norms import recalibrate
+from pfsurgery.recover.optimizer import load_state, whole_state
 from pfsurgery.recover.order import TrainBatches, spread
 from pfsurgery.recover.prepare import build_run
 from pfsurgery.recover.progress import Show, Write, progress_bar
+from pfsurgery.recover.sharding import copy_to_shard, explained, sharding_of
 from pfsurgery.recover.snapshot import Position
-from pfsurgery.recover.state import copy_weights, non_finite, restore_weights, write_weights
+from pfsurgery.recover.state import (
+    copy_weights,
+    non_finite,
+    restore_weights,
+    share_of,
+    whole,
+    write_weights,
+)
 from pfsurgery.recover.stop import StoppedError, StopRequest
 
 _log = logging.getLogger(__name__)
@@ -50,6 +59,7 @@ class Training:
         self.model, self.teacher, self.config = model, teacher, config
         self.accelerator, self.folder = accelerator, folder
         self.main = bool(accelerator.is_main_process)
+        self.sharding = sharding_of(accelerator)
         self.at = Position()
         self.val: Iterable[Any] | None = None
         self.write: Write = lambda record: None
@@ -67,30 +77,56 @@ class Training:
         )  # fmt: skip
         if config.channels_last:
             model.to(memory_format=torch.channels_last)
-        model.to(accelerator.device)
-        model.train()
-        if teacher is not None:
-            teacher.to(accelerator.device).eval()
-        path = snapshot.newest(self.folder) if resume and self.folder is not None else None
-        saved = None if path is None else snapshot.read_snapshot(path)
-        if saved is not None:
-            snapshot.check_same(config, accelerator.num_processes, saved)
-            self.at = Position.from_dict(saved["position"])
-        self._open_logs(saved is None)
-
-        batches = TrainBatches(train, seed=config.seed, accelerator=accelerator)
-        self.val = None if val is None else spread(val, accelerator)
-        self.run = run = build_run(model, teacher, batches, config, accelerator, self.write)
-        self.good = copy_weights(run.result)
-        if saved is not None:
-            self._load(run, saved)
-        else:
-            self.write({"kind": "start", "steps": run.total, "config": asdict(config)})
         with ExitStack() as stack:
+            trained = stack.enter_context(self._trained())
+            if teacher is not None:
+                teacher.to(accelerator.device).eval()
+            path = snapshot.newest(self.folder) if resume and self.folder is not None else None
+            saved = None if path is None else snapshot.read_snapshot(path)
+            if saved is not None:
+                snapshot.check_same(config, accelerator.num_processes, saved)
+                self.at = Position.from_dict(saved["position"])
+            self._open_logs(saved is None)
+
+            batches = TrainBatches(train, seed=config.seed, accelerator=accelerator)
+            self.val = None if val is None else spread(val, accelerator)
+            self.run = run = build_run(
+                trained, teacher, batches, config, accelerator, self.write, self.sharding
+            )
+            self.good = copy_weights(run.result)
+            if saved is not None:
+                self._load(run, saved)
+            else:
+                self.write({"kind": "start", "steps": run.total, "config": asdict(config)})
             stack.enter_context(run.objective.watching())
             if run.ramp is not None:
                 stack.enter_context(run.ramp.blending())
             yield run
+
+    @contextmanager
+    def _trained(self) -> Iterator[nn.Module]:
+        """What is trained: the model, or a copy to be sharded while the model is on the CPU."""
+        model, device = self.model, self.accelerator.device
+        model.train()
+        try:
+            if self.sharding is None:
+                yield model.to(device)
+            else:
+                yield copy_to_shard(model.cpu(), device)
+        finally:
+            model.to(device)
+
+    def _hand_over(self, run: Run) -> None:
+        """The model gets the weights of the copy, where that is what was trained."""
+        if run.sharded:
+            self._agree(run)
+            restore_weights(self.model, copy_weights(run.model))
+
+    def _agree(self, run: Run) -> None:
+        """Norm statistics of a sharded model are the first process's, as with DDP."""
+        if run.sharded:
+            _same_buffers(run.model)
+            _same_buffers(run.result)
 
     def train(self, run: Run, stop: StopRequest, progress: bool | None) -> None:
         """Train until the last step, with a checkpoint and an accuracy after each epoch."""
@@ -103,14 +139,17 @@ class Training:
             show(self.at.step, "")
             while self.at.step < run.total or self.at.batch:
                 try:
-                    self._epoch(run, stop, show)
+                    with explained():
+                        self._epoch(run, stop, show)
                 except DivergedError as diverged:
                     self._diverged(run, diverged)
                 except StoppedError:
+                    self._hand_over(run)
                     raise
                 except BaseException:
                     restore_weights(self.model, self.good)
                     raise
+        self._hand_over(run)
 
     def _epoch(self, run: Run, stop: StopRequest, show: Show) -> None:
         config, at = self.config, self.at
@@ -137,6 +176,7 @@ class Training:
             finally:
                 run.objective.student.train()
             record = replace(record, val=val)
+        self._agree(run)
         weights = copy_weights(run.result)
         self._check_finite(record, weights)
         if record.val is None or at.best is None or record.val.top1 >= at.best.top1:
@@ -202,7 +242,10 @@ class Training:
         if self.folder is None:
             return None
         path = None
-        weights = self.model.state_dict()
+        self._agree(run)
+        weights = _whole_state(run.model)
+        average = None if run.ema is None else _whole_state(run.ema.module)
+        optimizer = whole_state(run.optimizer, keep=self.main)
         if name := non_finite({k: v for k, v in weights.items() if isinstance(v, Tensor)}):
             raise DivergedError(
                 f"The weight {name} is no longer finite", self.at.step, self.at.epoch, self.at.lr
@@ -216,8 +259,8 @@ class Training:
                     "processes": self.accelerator.num_processes,
                     "position": self.at.to_dict(),
                     "model": weights,
-                    "ema": None if run.ema is None else run.ema.module.state_dict(),
-                    "optimizer": run.optimizer.state_dict(),
+                    "ema": average,
+                    "optimizer": optimizer,
                     "scaler": None if scaler is None else scaler.state_dict(),
                 },
                 step=self.at.step,
@@ -231,10 +274,10 @@ class Training:
         from safetensors.torch import load_file
 
         self.at = Position.from_dict(saved["position"])
-        _load_state(self.model, saved["model"])
+        _load_state(run.model, saved["model"])
         if run.ema is not None:
             _load_state(run.ema.module, saved["ema"])
-        run.optimizer.load_state_dict(saved["optimizer"])
+        load_state(run.optimizer, saved["optimizer"])
         if saved["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         best = None if self.folder is None else self.folder / BEST
@@ -347,7 +390,18 @@ def _stopped(path: Path | None) -> StoppedError:
     return StoppedError("a checkpoint" if path is None else str(path))
 
 
+def _whole_state(model: nn.Module) -> dict[str, Any]:
+    state = model.state_dict()
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            state[name] = whole(value)
+    return state
+
+
 def _load_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    for name, own in model.state_dict().items():
+        if name in state:
+            state[name] = share_of(state[name], own)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
