@@ -12,9 +12,14 @@ import pytest
 import timm
 import torch
 
+from pfsurgery import load
 from pfsurgery.data import digits
 from pfsurgery.errors import TrainingError
 from pfsurgery.recover import FinetuneConfig, finetune
+from tests import test_cli
+from tests.test_cli_finetune import BASE, OPTIONS, flags
+
+folder = test_cli.folder
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples/imagenet/fsdp.yaml"
@@ -53,14 +58,19 @@ def converted(kind="test_resnet", **kwargs):
 """
 
 
-def launch(folder: Path, job: str, *options: str) -> None:
-    """Run a job in two processes with the example's settings, in smaller units."""
+def launch(folder: Path, job: str) -> None:
+    """Run a job in two processes."""
     (folder / "job.py").write_text(START + job)
+    accelerate(folder / "job.py", folder)
+
+
+def accelerate(*command: object) -> None:
+    """Run a command in two processes with the example's settings, in smaller units."""
     done = subprocess.run(
         [
             *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(EXAMPLE)),
             *("--num_processes=2", "--main_process_port=0", "--fsdp_min_num_params=20000"),
-            *(*options, str(folder / "job.py"), str(folder)),
+            *map(str, command),
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -178,6 +188,132 @@ def test_a_stopped_run_is_continued_as_if_nothing_had_happened(tmp_path):
         for place, entries in second.items()
         for name, value in entries.items()
     )
+
+
+OTHERS = """
+import torch.nn.functional as F
+
+def both(name, make, images, **settings):
+    for wanted in (True, False):
+        sharded(wanted)
+        model, teacher = make()
+        config = FinetuneConfig(**{"batch_size": 8, "max_steps": 6, "log_every": 1, **settings})
+        finetune(model, train=images, val=few, teacher=teacher, config=config,
+                 out=out / f"{name} {wanted}")
+        keep(f"{name} {wanted}", model)
+
+def vit():
+    torch.manual_seed(0)
+    model, teacher = (timm.create_model("test_vit", num_classes=10, img_size=32) for _ in "12")
+    return model, teacher.eval()
+
+class InPlace(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.act, self.one, self.two = (torch.nn.Identity(), torch.nn.Linear(96, 200),
+                                        torch.nn.Linear(200, 200))
+    def forward(self, x):
+        return self.two(F.relu(self.one(x))).view(-1, 200)
+
+class Views(torch.nn.Module):
+    # Its blocks give views, which are changed in place.
+    def __init__(self):
+        super().__init__()
+        self.block, self.head = InPlace(), torch.nn.Linear(200, 10)
+    def forward(self, x):
+        x = self.block(x.flatten(1, 2).transpose(1, 2))
+        return self.head(x.relu_().view(-1, 32, 200).mean(1))
+
+class Reads(Views):
+    def forward(self, x):
+        x = F.linear(x.flatten(1, 2).transpose(1, 2), self.block.one.weight)
+        return self.head(x.mean(1))
+
+Views.__module__ = "timm"
+
+def views(kind=Views):
+    torch.manual_seed(0)
+    return kind(), None
+
+train = data.train
+both("vit", vit, train, optimizer="adam")
+both("bf16", converted, train, mixed_precision="bf16", optimizer="momentum", lr=0.01)
+both("views", views, train, optimizer="sgd", lr=0.1)
+both("last", converted, train, channels_last=True, max_drop=0.0, accumulate=2, optimizer="sgd")
+
+def fails(error, model, told, **settings):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    settings = {"batch_size": 8, "log_every": 1, "warmup": 0.0, **settings}
+    try:
+        finetune(model, train=settings.pop("train", train), config=FinetuneConfig(**settings),
+                 out=out / f"fails {told}")
+    except error as found:
+        assert told in str(found), found
+    else:
+        raise AssertionError(told)
+    assert is_plain(model)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+sharded(True)
+fails(TrainingError, views(Reads)[0], "without calling it")
+fails(TrainingError, vit()[0], "after 5 roll-backs",
+      on_divergence="roll_back", optimizer="sgd", lr=1e20, max_steps=8)
+
+class Interrupt(Exception):
+    pass
+
+class Broken(TensorDataset):
+    left = 30
+    def __getitem__(self, index):
+        self.left -= 1
+        if self.left < 0:
+            raise Interrupt("broken")
+        return super().__getitem__(index)
+
+fails(Interrupt, vit()[0], "broken", train=Broken(*train.tensors))
+model = vit()[0]
+model.scale = torch.nn.Parameter(torch.tensor(1.0))
+fails(TrainingError, model, "scale has no dimensions")
+
+# What was begun with FSDP goes on without it.
+part = TensorDataset(*(tensor[:64] for tensor in train.tensors))
+for name, begun in (("begun with", True), ("begun without", False)):
+    for images, wanted, resume in (
+        (Broken(*part.tensors), begun, False), (part, not begun, True)
+    ):
+        sharded(wanted)
+        torch.manual_seed(0)
+        model = timm.create_model("test_convnext", num_classes=10)
+        config = FinetuneConfig(batch_size=8, epochs=1, save_every=2, log_every=1)
+        try:
+            finetune(model, train=images, config=config, out=out / name, resume=resume)
+        except Interrupt:
+            assert not resume
+"""
+
+
+@no_gpu
+@pytest.mark.slow
+def test_other_models_settings_and_errors(tmp_path):
+    launch(tmp_path, OTHERS)
+    for name, most in (("vit", 1e-5), ("bf16", 1e-3), ("views", 1e-5), ("last", 1e-4)):
+        whole = losses(tmp_path / f"{name} False")
+        assert losses(tmp_path / f"{name} True") == pytest.approx(whole, abs=most), name
+    assert len(losses(tmp_path / "begun with")) == 4
+    begun_without = losses(tmp_path / "begun without")
+    assert losses(tmp_path / "begun with") == pytest.approx(begun_without, abs=1e-5)
+
+
+@no_gpu
+@pytest.mark.slow
+def test_the_command_line_with_every_setting(folder, tmp_path):
+    settings = {**OPTIONS, "compile": "no"}
+    run = (*BASE, "--policy", "maxpool_deep", "--workers", 0, *flags(settings))
+    accelerate("-m", "pfsurgery.cli", *run, "--data", folder, "--out", tmp_path / "run")
+    assert "maxpool_deep" in (tmp_path / "run" / "report.md").read_text()
+    model = load(tmp_path / "run" / "model")
+    assert type(model).__name__ == "ResNet"
+    assert (tmp_path / "run" / "best.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,8 @@ def finetune(
     and spreads the images over the processes of `accelerate launch` or `torchrun`; several
     processes see in each step what one process with a batch as large as theirs together would see.
     Optimiser and schedule are timm's. Convert before you call this: the optimiser is made here.
+    Where Accelerate is set up for FSDP (version 2), a copy of the model is split over the processes
+    and trained, while `model` waits on the CPU; see `pfsurgery.recover.sharding`.
 
     Afterwards the model holds the weights of the last step, or their moving average (the best ones
     are in `out`; with `max_drop` it holds these), stays on the device where it was trained, and has
@@ -79,7 +81,8 @@ def finetune(
 
     Raises:
         TrainingError: The loss is no longer finite or explodes, `out` cannot be written to or holds
-            another run, nothing can be trained, or the teacher does not go with the model.
+            another run, nothing can be trained, the teacher does not go with the model, or a
+            setting does not go with FSDP.
         DataError: The images cannot be opened, there are none, or labels do not fit the model.
         UnknownNameError: timm has no optimiser of that name.
     """
