@@ -236,10 +236,6 @@ def views(kind=Views):
     return kind(), None
 
 train = data.train
-both("vit", vit, train, optimizer="adam")
-both("bf16", converted, train, mixed_precision="bf16", optimizer="momentum", lr=0.01)
-both("views", views, train, optimizer="sgd", lr=0.1)
-both("last", converted, train, channels_last=True, max_drop=0.0, accumulate=2, optimizer="sgd")
 
 def fails(error, model, told, **settings):
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -253,6 +249,17 @@ def fails(error, model, told, **settings):
         raise AssertionError(told)
     assert is_plain(model)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+os.environ["FSDP_AUTO_WRAP_POLICY"] = "NO_WRAP"
+both("bf16", converted, train, mixed_precision="bf16", optimizer="momentum", lr=0.01)
+os.environ["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP"
+os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = "Block,PatchEmbed"
+both("vit", vit, train, optimizer="adam")
+sharded(True)
+fails(TrainingError, views()[0], "no module of that class")
+os.environ["FSDP_AUTO_WRAP_POLICY"] = "SIZE_BASED_WRAP"
+both("views", views, train, optimizer="sgd", lr=0.1)
+both("last", converted, train, channels_last=True, max_drop=0.0, accumulate=2, optimizer="sgd")
 
 sharded(True)
 fails(TrainingError, views(Reads)[0], "without calling it")
@@ -320,6 +327,7 @@ def test_the_command_line_with_every_setting(folder, tmp_path):
     ("asked", "settings", "told"),
     [
         ({"FSDP_VERSION": "1"}, {}, "fsdp_version: 2"),
+        ({"FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD"}, {}, "has to be true or false"),
         ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, {}, "fsdp_cpu_ram_efficient_loading: false"),
         ({"FSDP_OFFLOAD_PARAMS": "true"}, {}, "fsdp_offload_params: false"),
         ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}, "fsdp_activation_checkpointing: false"),

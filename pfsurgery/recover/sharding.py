@@ -166,7 +166,16 @@ def _settings() -> Any:
 
     known = AcceleratorState._shared_state.get("fsdp_plugin")
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    return FullyShardedDataParallelPlugin() if known is None and asked else known
+    if known is not None or not asked:
+        return known
+    try:
+        return FullyShardedDataParallelPlugin()
+    except ValueError as error:
+        raise TrainingError(
+            f"Accelerate does not take the fsdp_config of its config file: {error}. "
+            f"examples/imagenet/fsdp.yaml is one that works; fsdp_reshard_after_forward, for "
+            f"instance, has to be true or false."
+        ) from error
 
 
 def _offloads(settings: Any) -> bool:
