@@ -132,6 +132,7 @@ def test_all_options_together_from_a_file_and_the_command_line(cli, folder, tmp_
     on_the_line, in_the_file = names[::2], [*names[1::2], "epochs"]
     settings = tmp_path / "settings.yaml"
     settings.write_text(yaml.safe_dump({**{n: OPTIONS[n] for n in in_the_file}, "epochs": 9}))
+    torch.manual_seed(0)  # in bfloat16 some networks are right on one image more or less
     result = cli(
         *(*BASE, "--policy", "maxpool_deep", "--data", folder, "--out", out, "--workers", 0),
         *("--in-memory", "--config", settings, *flags({n: OPTIONS[n] for n in on_the_line})),
