@@ -66,6 +66,7 @@ OPTIONS: dict[str, object] = {
     "on_divergence": "roll_back",
     "explosion": 50.0,
     "log_every": 2,
+    "tracker": "tensorboard",
     "seed": 7,
     "max_steps": 3,
 }
@@ -103,6 +104,7 @@ WRONG: dict[str, object] = {
     "on_divergence": "go_on",
     "explosion": 1,
     "log_every": 0,
+    "tracker": "wandbb",
     "seed": -1,
     "max_steps": 0,
 }
@@ -126,6 +128,17 @@ def test_every_setting_is_an_option_with_help(cli):
     assert "(0.001)" in text
 
 
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard has to show: for each name the values by step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder)).Reload()
+    return {
+        name: [(event.step, event.value) for event in events.Scalars(name)]
+        for name in events.Tags()["scalars"]
+    }
+
+
 def test_all_options_together_from_a_file_and_the_command_line(cli, folder, tmp_path):
     out = tmp_path / "run"
     names = list(OPTIONS)
@@ -147,6 +160,7 @@ def test_all_options_together_from_a_file_and_the_command_line(cli, folder, tmp_
     for name in ("accuracy.png", "comparison.png"):
         with Image.open(out / name) as image:
             assert image.width > 400
+    assert scalars(out / "pfsurgery").keys() >= {"train/loss", "train/lr", "val/top1"}
     again = cli("eval", "--model", out / "model", "--data", folder, "--json")
     report = json.loads((out / "report.json").read_text())
     assert json.loads(again.out)["top1"] == report["steps"][-1]["accuracy"]["top1"]
@@ -168,6 +182,16 @@ def test_a_model_that_guesses_is_told_of(cli, folder, tmp_path, caplog):
     assert "right on 50.00 % of the validation images, near chance for its 2 classes" in caplog.text
     assert "at 40x40 pixels" in result.out
     assert load(out / "model").pretrained_cfg["input_size"] == (3, 40, 40)
+
+
+def test_a_tracker_that_is_not_installed_is_named(cli, folder, tmp_path):
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    missing = sorted({*LOGGER_TYPE_TO_CLASS} - {*map(str, get_available_trackers())})
+    if not missing:
+        pytest.skip("every tracker is installed")
+    result = cli(*SHORT, "--data", folder, "--out", tmp_path / "run", "--tracker", missing[0])
+    assert (result.code, f"pip install {missing[0]}" in result.err) == (2, True)
 
 
 @pytest.mark.slow

@@ -59,6 +59,8 @@ class FinetuneConfig:
             newest checkpoint and go on with half the learning rate.
         explosion: The loss explodes when it is so many times the larger of 1 and its lowest value.
         log_every: Steps between two lines of the log.
+        tracker: Accelerate's name of a service that is told the same, such as wandb, mlflow or
+            comet_ml. Which project and account is said by its own environment variables.
         seed: Of augmentation, order of the images, dropout.
         max_steps: Stop after so many steps. The learning rate is planned for them.
 
@@ -100,6 +102,7 @@ class FinetuneConfig:
     on_divergence: Literal["stop", "roll_back"] = "stop"
     explosion: float = 10.0
     log_every: int = 10
+    tracker: str | None = None
     seed: int = 0
     max_steps: int | None = None
 

@@ -15,6 +15,7 @@ from pfsurgery.batches import Images, report_skipped, skipped_images
 from pfsurgery.errors import TrainingError
 from pfsurgery.recover import snapshot
 from pfsurgery.recover.config import FinetuneConfig, FinetuneResult
+from pfsurgery.recover.logs import check_tracker
 from pfsurgery.recover.optimizer import check_optimizer
 from pfsurgery.recover.prepare import check_backend
 from pfsurgery.recover.sharding import check_sharding, forgotten_afterwards
@@ -102,7 +103,7 @@ def finetune(
         stack.enter_context(keep_train_flags(*(m for m in (model, teacher) if m is not None)))
         stack.enter_context(_frozen(teacher))
         stack.enter_context(forgotten_afterwards())
-        accelerator = stack.enter_context(_accelerator(model, config))
+        accelerator = stack.enter_context(_accelerator(model, config, folder))
         train_loader, val_loader = opened(train, val, model, config, labelled=teacher is None)
         if folder is not None:
             stack.enter_context(workers_outlive_sigterm(train_loader, val_loader))
@@ -139,6 +140,7 @@ def check_run(
     check_optimizer(config)
     check_backend(config)
     check_sharding(config)
+    check_tracker(config)
     for name in ("match_weight", "stage_weight", "ramp", "max_drop"):
         if getattr(config, name) and teacher is None:
             raise TrainingError(f"{name} needs a teacher: the model as it was before.")
@@ -148,9 +150,10 @@ def check_run(
         ("save_every", config.save_every is not None),
         ("on_divergence='roll_back'", config.on_divergence == "roll_back"),
         ("resume", resume),
+        ("tracker", config.tracker is not None),
     ):
         if needed and folder is None:
-            raise TrainingError(f"{name} needs a folder for checkpoints: give out.")
+            raise TrainingError(f"{name} needs a folder for checkpoints and logs: give out.")
     if folder is not None and not resume and snapshot.unfinished(folder):
         raise TrainingError(
             f"{folder} holds the checkpoints of a run that is not finished. Continue it with "
@@ -177,7 +180,7 @@ def _frozen(teacher: nn.Module | None) -> Iterator[None]:
 
 
 @contextmanager
-def _accelerator(model: nn.Module, config: FinetuneConfig) -> Iterator[Any]:
+def _accelerator(model: nn.Module, config: FinetuneConfig, folder: Path | None) -> Iterator[Any]:
     """An Accelerator that leaves neither a wrapper on the model nor its precision to the next."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -192,7 +195,10 @@ def _accelerator(model: nn.Module, config: FinetuneConfig) -> Iterator[Any]:
     try:
         # Accelerate joins processes without a GPU only when it is told to use the CPU
         accelerator = Accelerator(
-            mixed_precision=config.mixed_precision, cpu=not torch.accelerator.is_available()
+            mixed_precision=config.mixed_precision,
+            cpu=not torch.accelerator.is_available(),
+            log_with=config.tracker,
+            project_dir=folder,
         )
     except ValueError as error:
         raise TrainingError(
@@ -209,6 +215,8 @@ def _accelerator(model: nn.Module, config: FinetuneConfig) -> Iterator[Any]:
             )
         yield accelerator
     finally:
+        for tracker in getattr(accelerator, "trackers", ()):
+            tracker.finish()
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         if not own_forward:
             vars(model).pop("forward", None)

@@ -1,4 +1,4 @@
-"""The logs of a run: JSON lines of everything, a table of the epochs, TensorBoard."""
+"""The logs of a run: JSON lines of everything, a table of the epochs, TensorBoard, trackers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import io
 import json
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pfsurgery.errors import SurgeryError, TrainingError
+from pfsurgery.errors import SurgeryError, TrainingError, UnknownNameError, closest
 from pfsurgery.files import write_atomically
-from pfsurgery.recover.config import EpochRecord
+from pfsurgery.recover.config import EpochRecord, FinetuneConfig
 
 LOG = "log.jsonl"
 EPOCHS = "epochs.csv"
@@ -102,30 +103,67 @@ def write_epochs(path: Path, history: Iterable[EpochRecord]) -> None:
         raise TrainingError(f"Could not write {path}: {error}.") from error
 
 
-def board(folder: Path | None, step: int) -> Callable[[dict[str, Any]], None]:
+def board(folder: Path, step: int) -> Callable[[dict[str, Any]], None]:
     """A function that shows records of the log in TensorBoard, or does nothing without it.
 
     Args:
-        folder: Where its events go; None for none.
+        folder: Where its events go.
         step: The step from which a run is continued; later events of the earlier one are hidden.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return lambda record: None
-    if folder is None:
-        return lambda record: None
     writer: Any = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def write(record: dict[str, Any]) -> None:
-        if record["kind"] == "step":
-            for name in ("loss", "lr", "images_per_s"):
-                writer.add_scalar(f"train/{name}", record[name], record["step"])
-        elif record["kind"] == "epoch" and record["val"] is not None:
-            for name in ("top1", "top5", "loss"):
-                writer.add_scalar(f"val/{name}", record["val"][name], record["step"])
+        for name, value in _scalars(record).items():
+            writer.add_scalar(name, value, record["step"])
+        if record["kind"] == "epoch":
             writer.flush()
         elif record["kind"] == "end":
             writer.close()
 
     return write
+
+
+def check_tracker(config: FinetuneConfig) -> None:
+    """Raise an error where Accelerate has no tracker of that name, or it is not installed."""
+    name = config.tracker
+    if name is None:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    if name not in LOGGER_TYPE_TO_CLASS:
+        raise UnknownNameError(
+            f"Accelerate has no tracker {name!r}. {closest(name, list(LOGGER_TYPE_TO_CLASS))}"
+        )
+    if name not in map(str, get_available_trackers()):
+        raise TrainingError(f"The tracker {name} is not installed: pip install {name}")
+
+
+def tracker(accelerator: Any, config: FinetuneConfig) -> Callable[[dict[str, Any]], None]:
+    """A function that tells records of the log to the tracker that `accelerator` was made with."""
+    if config.tracker is None:
+        return lambda record: None
+    accelerator.init_trackers("pfsurgery", config=_plain(asdict(config)))
+
+    def write(record: dict[str, Any]) -> None:
+        scalars = _scalars(record)
+        if scalars:
+            accelerator.log(scalars, step=record["step"])
+
+    return write
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without None, which not every tracker takes."""
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _scalars(record: dict[str, Any]) -> dict[str, float]:
+    if record["kind"] == "step":
+        return {f"train/{name}": record[name] for name in ("loss", "lr", "images_per_s")}
+    if record["kind"] == "epoch" and record["val"] is not None:
+        return {f"val/{name}": record["val"][name] for name in ("top1", "top5", "loss")}
+    return {}

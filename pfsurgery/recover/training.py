@@ -376,12 +376,15 @@ class Training:
         else:
             logs.cut_log(folder / logs.LOG, self.at.step)
         write_config(self.config, folder / _CONFIG)
-        lines = logs.json_lines(folder / logs.LOG)
-        board = logs.board(folder / logs.BOARD, self.at.step)
+        writers = (
+            logs.json_lines(folder / logs.LOG),
+            logs.board(folder / logs.BOARD, self.at.step),
+            logs.tracker(self.accelerator, self.config),
+        )
 
         def write(record: dict[str, Any]) -> None:
-            lines(record)
-            board(record)
+            for write_one in writers:
+                write_one(record)
 
         self.write = write
 
