@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +43,12 @@ class Front:
         self.network, self.batches = network, batches
         self._layers = list(layers)
         self._first = {} if seen is None else _first_calls(seen)
-        self._cuts = [] if seen is None else _cuts(seen, sum(map(len, batches)))
+        paths = {path for path, _ in network.named_modules(remove_duplicate=False)}
+        self._cuts = [
+            cut
+            for cut in ([] if seen is None else _cuts(seen, sum(map(len, batches))))
+            if paths >= {cut.held, *cut.hollow}  # none inside of what was replaced
+        ]
         self._held: list[_Held | None] = [None] * len(batches)
 
     def captures(
@@ -87,15 +93,14 @@ class Front:
             yield noted
             return
 
-        def note(path: str, output: Any) -> None:
+        def note(path: str, module: nn.Module, inputs: Any, output: Any) -> None:
             if path == cut.held and isinstance(output, Tensor):
                 noted[path] = output.clone()
             elif path != cut.held and all(map(_is_plain, tree_leaves(output))):
                 noted[path] = tree_map(_hollow, output)
 
-        hook: Callable[[str], Any] = lambda path: lambda _, __, out: note(path, out)  # noqa: E731
         handles = [
-            self.network.get_submodule(path).register_forward_hook(hook(path))
+            self.network.get_submodule(path).register_forward_hook(partial(note, path))
             for path in (cut.held, *cut.hollow)
         ]
         try:
