@@ -9,15 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from pfsurgery.data import LIGHT, Augmentation, in_batches, open_data, open_part
+from pfsurgery.data import LIGHT, Augmentation, any_order, in_batches, open_data, open_part
 from pfsurgery.errors import DataError
 from pfsurgery.images import CheckedImages
 
 Images = DataLoader[Any] | Dataset[Any] | Iterable[Any]
 
 _log = logging.getLogger(__name__)
+
+_MOST_OF_A_SOURCE = 2000  # images, where it may hold millions and a sample will do
+_MOST_BYTES = 400_000_000
 
 
 def open_images(
@@ -78,12 +81,13 @@ def unlabelled_images(
     *,
     batch_size: int = 64,
 ) -> Iterator[Tensor]:
-    """Image tensors of shape (N, C, H, W) from whatever a caller may hold, once through, in order.
+    """Image tensors of shape (N, C, H, W) from whatever a caller may hold, once through.
 
     Args:
         source: As for `open_images`, or a tensor of images, or any iterable (one that can be
             iterated only once too) of tensors or of (images, labels). A path may hold images
             without class folders; its training part is taken if it has one, without augmentation.
+            Images of paths and names come in a random order that is always the same.
         model: As for `open_data`; only used for paths and names.
         batch_size: Images in a batch, for tensors, paths, names and data sets.
 
@@ -95,7 +99,7 @@ def unlabelled_images(
         batches = torch.split(source, batch_size)
     elif isinstance(source, (str, Path)):
         batches = open_part(
-            source, model, training_part=True, labelled=False, batch_size=batch_size
+            source, model, training_part=True, labelled=False, batch_size=batch_size, mixed=True
         )
     elif isinstance(source, Iterator):
         batches = source
@@ -104,6 +108,39 @@ def unlabelled_images(
     for batch in read(batches):
         yield split_batch(batch)[0]
     report_skipped(batches)
+
+
+def sample_images(source: Images | Tensor | str | Path, model: nn.Module) -> Iterable[Tensor]:
+    """`unlabelled_images`, but of paths, names, data sets and loaders, which may be huge, 2,000.
+
+    Those of a data set are spread over all of it.
+
+    Raises:
+        DataError: As for `unlabelled_images`.
+    """
+    if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
+        source = Subset(source, any_order(source))
+    images = unlabelled_images(source, model)
+    huge = isinstance(source, (str, Path, Dataset, DataLoader))
+    return first_images(images, _MOST_OF_A_SOURCE) if huge else images
+
+
+def first_images(batches: Iterable[Tensor], images: int) -> list[Tensor]:
+    """The first batches that hold about so many images, of 400 MB at the most.
+
+    Raises:
+        DataError: There is none.
+    """
+    kept: list[Tensor] = []
+    size = 0
+    for batch in batches:
+        kept.append(batch)
+        size += batch.nbytes
+        if sum(len(b) for b in kept) >= images or size >= _MOST_BYTES:
+            break
+    if not kept:
+        raise DataError("There is no batch of images; give at least one.")
+    return kept
 
 
 def read(loader: Iterable[Any]) -> Iterator[Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from pfsurgery.errors import DataError, needs
 from pfsurgery.images import CheckedImages, open_named, open_reader
@@ -186,6 +186,7 @@ def open_part(
     labelled: bool = True,
     batch_size: int = 64,
     augmentation: Augmentation | None = None,
+    mixed: bool = False,
 ) -> DataLoader[Any]:
     """A loader of one part of a source, in order, or shuffled where it is augmented.
 
@@ -196,6 +197,8 @@ def open_part(
         labelled: If not, images need no class folders and the number of classes is not checked.
         batch_size: Images in a batch.
         augmentation: If given, the images are shuffled and augmented, for training.
+        mixed: Whether they come in an order that is random, but always the same: folders are read
+            class by class, and the first images would all show the same thing.
 
     Raises:
         DataError: As for `open_data`.
@@ -211,11 +214,15 @@ def open_part(
         named = train if training_part else val
         if labelled:
             _check_class_count(source, len(_class_names(named)), config["num_classes"])
+        if mixed and not isinstance(named, IterableDataset):
+            named = Subset(named, any_order(named))
         return _loader(named, config, batch_size, None, augmentation)
     path = _existing(source, _TRAIN_NAMES if training_part else _VAL_NAMES)
     images = open_reader(path, config["input_size"], training=training, labelled=labelled)
     if labelled:
         _check_class_count(source, len(images.classes), config["num_classes"])
+    if mixed:
+        images = images.subset(any_order(images), training=training)
     return _loader(images, config, batch_size, None, augmentation)
 
 
@@ -230,6 +237,13 @@ def in_batches(images: Dataset[Any], batch_size: int, *, training: bool) -> Data
         raise DataError("The data set is empty; give one that holds images.")
     size = min(batch_size, number)
     return DataLoader(images, batch_size=size, shuffle=training, drop_last=training)
+
+
+def any_order(images: Dataset[Any]) -> list[int]:
+    """All indices of a data set in an order that is random, but always the same."""
+    number = len(images)  # type: ignore[arg-type]
+    order: list[int] = torch.randperm(number, generator=torch.Generator().manual_seed(0)).tolist()
+    return order
 
 
 def _split(labels: Sequence[int], every: int) -> tuple[list[int], list[int]]:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pfsurgery.batches import unlabelled_images
+from pfsurgery.batches import first_images, unlabelled_images
 from pfsurgery.card import write_card
 from pfsurgery.checkpoint import load, save
 from pfsurgery.convert import convert
 from pfsurgery.digests import digest
-from pfsurgery.errors import DataError
 from pfsurgery.files import write_text
 from pfsurgery.measure import Comparison, compare
 from pfsurgery.plan import Plan
@@ -53,7 +52,6 @@ _log = logging.getLogger(__name__)
 _CONVERTED_FOLDER = "converted"
 _STEPS = "steps.json"
 _NEAR_CHANCE = 1.25
-_MOST_BYTES = 400_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,24 +311,6 @@ def _check_original(original: nn.Module, example: Tensor, accuracy: Accuracy) ->
 def _quietly(work: Callable[..., object], *args: Any, **kwargs: Any) -> None:
     """Run a step that changes the model in place, and forget what it returns."""
     work(*args, **kwargs)
-
-
-def first_images(batches: Iterable[Tensor], images: int) -> list[Tensor]:
-    """The first batches that hold about so many images, of 400 MB at the most.
-
-    Raises:
-        DataError: There is none.
-    """
-    kept: list[Tensor] = []
-    size = 0
-    for batch in batches:
-        kept.append(batch)
-        size += batch.nbytes
-        if sum(len(b) for b in kept) >= images or size >= _MOST_BYTES:
-            break
-    if not kept:
-        raise DataError("There is no batch of training images; give at least one.")
-    return kept
 
 
 def _take_best(model: nn.Module, result: FinetuneResult) -> None:

@@ -12,8 +12,9 @@ import timm
 import torch
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+import pfsurgery
 from pfsurgery.batches import open_images, skipped_images, unlabelled_images
 from pfsurgery.data import Augmentation, digits, open_data
 from pfsurgery.errors import DataError, MissingExtraError
@@ -230,6 +231,45 @@ def test_unlabelled_images_from_everything(tmp_path, model):
         assert torch.equal(torch.cat(list(unlabelled_images(source, model, batch_size=4))), images)
     no_class_folders(tmp_path / "flat")
     assert [len(batch) for batch in unlabelled_images(tmp_path / "flat", model)] == [1]
+
+
+def test_the_first_images_of_a_folder_are_of_all_classes(tmp_path, model):
+    for label, shade in enumerate((0, 80, 160, 240)):
+        for index in range(20):
+            path = tmp_path / f"c{label}" / f"{index:02}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.new("RGB", (32, 32), (shade,) * 3).save(path)
+    first, again = (next(iter(unlabelled_images(tmp_path, model, batch_size=20))) for _ in range(2))
+    assert len(first.mean((1, 2, 3)).mul(100).round().unique()) == 4
+    assert torch.equal(first, again)
+
+
+class Endless(Dataset):
+    """A million images, those of one shade together."""
+
+    def __init__(self) -> None:
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return 10**6
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        self.read.append(index)
+        image = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(index))
+        return image + index / 10**6, 0
+
+
+@pytest.mark.parametrize("loader", [False, True])
+def test_two_thousand_images_of_a_huge_source_are_enough(loader):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1), nn.Flatten()
+    ).eval()
+    fast = pfsurgery.convert(model, "maxpool_all", example=torch.zeros(1, 3, 8, 8))
+    images = Endless()
+    pfsurgery.reconstruct(fast, model, DataLoader(images, batch_size=50) if loader else images)
+    assert 1900 <= len(images.read) <= 2100
+    assert loader or max(images.read) > 0.9 * 10**6  # not the first ones alone
 
 
 def test_wrong_batches_are_explained(model):

@@ -8,12 +8,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from pfsurgery.batches import unlabelled_images
+from pfsurgery.batches import first_images, unlabelled_images
 from pfsurgery.checkpoint import save
 from pfsurgery.cli import options, show
 from pfsurgery.convert import convert as convert_model
 from pfsurgery.errors import PolicyError
-from pfsurgery.job import first_images
 from pfsurgery.record import record
 from pfsurgery.tables import fit_table
 

@@ -9,12 +9,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from pfsurgery.batches import unlabelled_images
+from pfsurgery.batches import first_images, unlabelled_images
 from pfsurgery.checkpoint import save
 from pfsurgery.cli import options, show
 from pfsurgery.convert import convert
 from pfsurgery.errors import PolicyError
-from pfsurgery.job import first_images
 from pfsurgery.models import open_original
 from pfsurgery.record import record
 from pfsurgery.recover import reconstruct

@@ -10,11 +10,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from pfsurgery.batches import unlabelled_images
+from pfsurgery.batches import first_images, unlabelled_images
 from pfsurgery.checkpoint import save
 from pfsurgery.cli import options, show
 from pfsurgery.errors import PolicyError
-from pfsurgery.job import first_images
 from pfsurgery.recover import Budget, budget
 from pfsurgery.recover.state import writable_folder
 from pfsurgery.study.bench import Found

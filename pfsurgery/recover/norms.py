@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pfsurgery.batches import Images, unlabelled_images
+from pfsurgery.batches import Images, sample_images, unlabelled_images
 from pfsurgery.errors import DataError, TrainingError
 from pfsurgery.recover.state import keep_random_state, keep_train_flags, placement
 
@@ -56,7 +56,8 @@ def recalibrate(model: nn.Module, batches: Images | Tensor | str | Path) -> int:
         model: The model; images are moved to its device and dtype.
         batches: Images of shape (N, C, H, W), normalised as the model expects: an iterable of
             tensors or of (images, labels), a `DataLoader` or `Dataset`, one tensor, or a path or
-            name that `pfsurgery.data.open_data` understands. Labels are not used.
+            name that `pfsurgery.data.open_data` understands, of which 2,000 images are taken.
+            Labels are not used.
 
     Returns:
         How many norms were re-estimated; 0 if the model has no batch norm with running statistics
@@ -121,7 +122,8 @@ def _run(model: nn.Module, norms: list[_BatchNorm], batches: Images | Tensor | s
         norm.momentum = 0.0
     device, dtype = placement(model)
     count = 0
-    for images in unlabelled_images(batches, model):
+    read = sample_images if isinstance(batches, (str, Path)) else unlabelled_images
+    for images in read(batches, model):
         model(images.to(device=device, dtype=dtype))
         count += 1
     if not count:

@@ -9,9 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from pfsurgery.batches import unlabelled_images
+from pfsurgery.batches import first_images, unlabelled_images
 from pfsurgery.cli import options, show
-from pfsurgery.job import first_images
 from pfsurgery.recover.state import writable_folder
 from pfsurgery.study.figures import draw_sensitivity
 from pfsurgery.study.sensitivity import OPS
