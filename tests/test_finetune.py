@@ -102,6 +102,8 @@ def test_learns_digits_and_leaves_a_log_and_weights(model, data, tmp_path):
     assert result.last.loss < before.loss
     assert evaluate(model, data.val, batch_size=32) == result.last
     assert result.steps == 2 * (len(data.train) // 32)
+    assert str(result).startswith(f"{result.steps} steps in ")
+    assert str(result).endswith(f" s, top-1 {result.last.top1:.2f} %")
     assert [module.training for module in model.modules()] == flags
     assert "forward" not in vars(model)
 

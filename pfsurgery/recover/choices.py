@@ -196,7 +196,7 @@ def _all_options(
     for group in in_memory(mixing, _gram_bytes, _MEMORY):
         ops = [site_operations(site) for site in group]
         moments = input_moments(teacher, group, batches, ops, _POSITIONS, looked)
-        for site, o in zip(tracked(group, "finding forms"), ops, strict=True):
+        for site, o in zip(tracked(group, "finding forms, then to be fitted"), ops, strict=True):
             screen = looked.get(site.name)
             found = _fitted_options(teacher, site, moments.pop(0), o, forms, screen)
             options[site.name] += found

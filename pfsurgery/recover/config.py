@@ -205,6 +205,15 @@ class FinetuneResult:
     given_back: tuple[str, ...]
     skipped: tuple[str, ...]
 
+    def __str__(self) -> str:
+        """For example `975 steps in 992 s, top-1 76.66 %, the original's 77.09 %`."""
+        told = [f"{self.steps} steps in {self.seconds:.0f} s"]
+        if self.last is not None:
+            told.append(f"top-1 {self.last.top1:.2f} %")
+        if self.teacher is not None:
+            told.append(f"the original's {self.teacher.top1:.2f} %")
+        return ", ".join(told)
+
     def figure(self, path: str | Path) -> None:
         """Write accuracy and loss against steps, with the teacher's accuracy as a line, as PNG.
 
