@@ -28,7 +28,6 @@ import pfsurgery
 from pfsurgery.measure import count
 from pfsurgery.policy import Policy, Rule
 
-BATCH = 128
 STRIDE_1 = Policy("stride_1", (Rule("max_pool", stride=False),))
 
 
@@ -56,17 +55,19 @@ def without_stride(site: pfsurgery.Site) -> bool:
 def recovered(original: nn.Module, policy: str, calibration: Sequence[Tensor]) -> nn.Module:
     """The converted network, refitted without training."""
     example = torch.zeros(1, 3, 32, 32)
-    pooled = STRIDE_1 if policy.endswith("stride_1") else policy
-    fast = pfsurgery.convert(original, pooled, example=example)
-    if policy in ("bare_stride_1", "budget_stride_1"):
-        budget = pfsurgery.budget(macs=count(fast, example).macs, thin=False)
+    fit = None
+    if policy == "bare_stride_1":
+        fit = pfsurgery.bare()
+    elif policy == "budget_stride_1":
+        pooled = pfsurgery.convert(original, STRIDE_1, example=example)
+        fit = pfsurgery.budget(macs=count(pooled, example).macs, thin=False)
+    if fit is not None:
         return pfsurgery.convert(
-            original,
-            budget if policy == "budget_stride_1" else pfsurgery.bare(),
-            example=example,
-            where=without_stride,
-            images=calibration,
+            original, fit, example=example, where=without_stride, images=calibration
         )
+    fast = pfsurgery.convert(
+        original, STRIDE_1 if policy == "stride_1" else policy, example=example
+    )
     pfsurgery.recalibrate(fast, calibration)
     pfsurgery.reconstruct(fast, original, list(calibration))
     return fast
@@ -78,16 +79,16 @@ def fine_tuned(args: argparse.Namespace) -> dict[str, Any]:
     images, labels = base_nets.load_images("train", args.data, args.cache)
     val_images, val_labels = base_nets.load_images("val", args.data, args.cache)
     val = TensorDataset(base_nets.normalise(val_images), val_labels)
-    quarter = base["epochs"] * (len(labels) // BATCH) // 4
+    quarter = base["epochs"] * (len(labels) // base_nets.BATCH) // 4
     steps = args.steps or quarter
 
     fast = recovered(original, args.policy, base_nets.normalise(images[:2000]).split(100))
     before = pfsurgery.evaluate(fast, val, batch_size=500)
 
     config = pfsurgery.FinetuneConfig(
-        epochs=1 + steps * BATCH // len(labels),
+        epochs=1 + steps * base_nets.BATCH // len(labels),
         max_steps=steps,
-        batch_size=BATCH,
+        batch_size=base_nets.BATCH,
         optimizer="sgd",
         lr=args.lr,
         weight_decay=5e-4,

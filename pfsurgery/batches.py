@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from pfsurgery.data import LIGHT, Augmentation, any_order, in_batches, open_data, open_part
+from pfsurgery.data import LIGHT, Augmentation, in_any_order, in_batches, open_data, open_part
 from pfsurgery.errors import DataError
 from pfsurgery.images import CheckedImages
 
@@ -118,8 +118,8 @@ def sample_images(source: Images | Tensor | str | Path, model: nn.Module) -> Ite
     Raises:
         DataError: As for `unlabelled_images`.
     """
-    if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
-        source = Subset(source, any_order(source))
+    if isinstance(source, Dataset):
+        source = in_any_order(source)
     images = unlabelled_images(source, model)
     huge = isinstance(source, (str, Path, Dataset, DataLoader))
     return first_images(images, _MOST_OF_A_SOURCE) if huge else images

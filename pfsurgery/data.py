@@ -214,16 +214,15 @@ def open_part(
         named = train if training_part else val
         if labelled:
             _check_class_count(source, len(_class_names(named)), config["num_classes"])
-        if mixed and not isinstance(named, IterableDataset):
-            named = Subset(named, any_order(named))
+        if mixed:
+            named = in_any_order(named)
         return _loader(named, config, batch_size, None, augmentation)
     path = _existing(source, _TRAIN_NAMES if training_part else _VAL_NAMES)
     images = open_reader(path, config["input_size"], training=training, labelled=labelled)
     if labelled:
         _check_class_count(source, len(images.classes), config["num_classes"])
-    if mixed:
-        images = images.subset(any_order(images), training=training)
-    return _loader(images, config, batch_size, None, augmentation)
+    shown = in_any_order(images) if mixed else images
+    return _loader(shown, config, batch_size, None, augmentation)
 
 
 def in_batches(images: Dataset[Any], batch_size: int, *, training: bool) -> DataLoader[Any]:
@@ -239,11 +238,15 @@ def in_batches(images: Dataset[Any], batch_size: int, *, training: bool) -> Data
     return DataLoader(images, batch_size=size, shuffle=training, drop_last=training)
 
 
-def any_order(images: Dataset[Any]) -> list[int]:
-    """All indices of a data set in an order that is random, but always the same."""
+def in_any_order(images: Dataset[Any]) -> Dataset[Any]:
+    """A data set in an order that is random, but always the same; a stream as it comes."""
+    if isinstance(images, IterableDataset):
+        return images
     number = len(images)  # type: ignore[arg-type]
     order: list[int] = torch.randperm(number, generator=torch.Generator().manual_seed(0)).tolist()
-    return order
+    if isinstance(images, CheckedImages):
+        return images.subset(order, training=images.training)
+    return Subset(images, order)
 
 
 def _split(labels: Sequence[int], every: int) -> tuple[list[int], list[int]]:

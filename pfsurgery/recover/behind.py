@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from pfsurgery.attention import layout_of
 from pfsurgery.graph import GraphView
@@ -14,13 +14,13 @@ from pfsurgery.neighbours import neighbours_of_module
 from pfsurgery.ops.bottleneck import Bottleneck
 from pfsurgery.plan import Decision
 from pfsurgery.recover.front import Front
-from pfsurgery.recover.refit import Aim, Refit, original_rows, refit_aim, refit_layer
+from pfsurgery.recover.refit import LayerAim, Refit, layer_aim, original_rows, refit_layer
 from pfsurgery.rewrite import Composite
 
 
-def _aim_behind(
+def aim_behind(
     student: nn.Module, original: nn.Module, decision: Decision, seen: GraphView
-) -> Aim | Refit:
+) -> LayerAim | Refit:
     """What the layer that reads a replaced site should give; a `Refit` with a reason without one.
 
     Args:
@@ -37,37 +37,30 @@ def _aim_behind(
         return Refit(decision.site.name, None, reason=_why_none(decision))
     twin = _twin(original, decision, name)
     around = neighbours_of_module(twin, seen)
-    return refit_aim(student, original, decision.site.name, name, twin, around)
+    return layer_aim(student, original, decision.site.name, name, twin, around)
 
 
 def refit_behind(
-    student: nn.Module,
-    original: nn.Module,
-    decisions: Sequence[Decision],
-    seen: GraphView,
-    batches: Sequence[Tensor],
+    front: Front, original: nn.Module, aims: Sequence[LayerAim | Refit]
 ) -> Iterator[Refit]:
-    """Refit, in place and one by one, the layers that read what `decisions` put into `student`.
+    """Refit, in place and one by one, the layers that read what was replaced.
 
     Args:
-        student: The edited network, in eval mode.
+        front: The edited network, and the images.
         original: The original, in eval mode.
-        decisions: What stands at the sites now, in the order of execution.
-        seen: The graph view of the original.
-        batches: Images (N, C, H, W), one batch each.
-
-    Raises:
-        RecordMismatchError: A layer is not in the original.
+        aims: From `aim_behind`, in the order of execution.
     """
-    aims = [_aim_behind(student, original, decision, seen) for decision in decisions]
-    fitted = [aim for aim in aims if isinstance(aim, Aim)]
-    rows = original_rows(original, fitted, batches)
-    front = Front(student, batches, seen, [aim.twin for aim in fitted])
+    rows = original_rows(original, fitted_aims(aims), front.batches)
     for aim in aims:
         started = time.perf_counter()
-        if isinstance(aim, Aim):
+        if isinstance(aim, LayerAim):
             aim = refit_layer(front, original, aim, next(rows))
         yield replace(aim, seconds=time.perf_counter() - started)
+
+
+def fitted_aims(aims: Sequence[LayerAim | Refit]) -> list[LayerAim]:
+    """Those that have a layer to refit."""
+    return [aim for aim in aims if isinstance(aim, LayerAim)]
 
 
 def _twin(original: nn.Module, decision: Decision, name: str) -> str:

@@ -27,14 +27,13 @@ from pfsurgery.recover.polish import polish
 from pfsurgery.recover.progress import tracked
 from pfsurgery.recover.screen import MOST_COLUMNS, Screen, is_wide, lifted_kernel, screens
 from pfsurgery.recover.sequence import (
-    POSITIONS,
     channel_fits,
     refit_in_order,
     reuse,
     site_kernel,
     site_readout,
 )
-from pfsurgery.recover.target import input_moments, site_operations
+from pfsurgery.recover.target import POSITIONS, input_moments, site_operations
 from pfsurgery.sites import Site
 
 _LARGEST_OPTION = 0.85  # of the convolution's cost; a form that saves less is not worth having

@@ -22,10 +22,9 @@ from pfsurgery.recover.gram import Moments, MomentSum, sample_positions
 from pfsurgery.recover.polish import polish
 from pfsurgery.recover.progress import tracked
 from pfsurgery.recover.refit import Refit, layer_columns, solve_layer
-from pfsurgery.recover.target import Readout, corrected, readout_of
+from pfsurgery.recover.target import POSITIONS, Readout, corrected, readout_of
 from pfsurgery.sites import geometry_of
 
-_POSITIONS = 65536
 _PRIOR = 0.02  # how much the layer's own kernel counts where the images say little
 
 
@@ -183,7 +182,7 @@ def _moments(
         )
         taps = operations(window, reach=max(geometry.kernel_size), pools=False)
         goals = y.permute(0, 2, 3, 1).flatten(0, 2)
-        most = max(1, round(_POSITIONS * len(batch) / images))
+        most = max(1, round(POSITIONS * len(batch) / images))
         chosen = sample_positions(len(goals), most, generator)
         if chosen is not None:
             chosen = chosen.to(x.device)

@@ -146,7 +146,8 @@ def tracker(accelerator: Any, config: FinetuneConfig) -> Callable[[dict[str, Any
     """A function that tells records of the log to the tracker that `accelerator` was made with."""
     if config.tracker is None:
         return lambda record: None
-    accelerator.init_trackers("pfsurgery", config=_plain(asdict(config)))
+    settings = {name: value for name, value in asdict(config).items() if value is not None}
+    accelerator.init_trackers("pfsurgery", config=settings)  # not every tracker takes None
 
     def write(record: dict[str, Any]) -> None:
         scalars = _scalars(record)
@@ -154,11 +155,6 @@ def tracker(accelerator: Any, config: FinetuneConfig) -> Callable[[dict[str, Any
             accelerator.log(scalars, step=record["step"])
 
     return write
-
-
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings without None, which not every tracker takes."""
-    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _scalars(record: dict[str, Any]) -> dict[str, float]:

@@ -9,13 +9,14 @@ from torch import nn
 from pfsurgery.graph import view
 from pfsurgery.policy import Tell
 from pfsurgery.record import record
-from pfsurgery.recover.behind import refit_behind
+from pfsurgery.recover.behind import aim_behind, fitted_aims, refit_behind
 from pfsurgery.recover.calibration import (
     calibration_batches,
     frozen_copy,
     hold_out,
     in_fast_layout,
 )
+from pfsurgery.recover.front import Front
 from pfsurgery.recover.norms import recalibrate
 from pfsurgery.recover.polish import polish
 from pfsurgery.recover.progress import tracked
@@ -50,14 +51,14 @@ def reconstruct(
         RecordMismatchError: The model was not made by `convert`, or not from `teacher`.
         DataError: There is no image, or a value is not finite.
     """
-    decisions = record(model).replaced
     student, original = frozen_copy(model), frozen_copy(teacher)
     batches, judges = hold_out(in_fast_layout(original, calibration_batches(images, model)))
     recalibrate(student, batches)
     seen = view(original, (batches[0][:1],))
+    aims = [aim_behind(student, original, decision, seen) for decision in record(model).replaced]
+    front = Front(student, batches, seen, [aim.twin for aim in fitted_aims(aims)])
     done = []
-    refits = refit_behind(student, original, decisions, seen, batches)
-    for refit in tracked(refits, "refitting", len(decisions)):
+    for refit in tracked(refit_behind(front, original, aims), "refitting", len(aims)):
         done.append(refit)
         told = f"{refit.layer} refitted, error {refit.before:.3f} -> {refit.after:.3f}"
         tell(f"{refit.site}: {told if refit.layer else f'not refitted, {refit.reason}'}")

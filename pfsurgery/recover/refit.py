@@ -10,17 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from pfsurgery.errors import RecordMismatchError
-from pfsurgery.recover.capture import Side, capture
+from pfsurgery.recover.capture import Side
 from pfsurgery.recover.front import Front
 from pfsurgery.recover.gram import Moments, MomentSum, sample_positions
 from pfsurgery.recover.groups import in_memory
 from pfsurgery.recover.linalg import ridge_gcv
-from pfsurgery.recover.target import Readout, corrected, readout_of
+from pfsurgery.recover.target import (
+    POSITIONS,
+    ROWS_MEMORY,
+    Readout,
+    corrected,
+    readout_of,
+    rows_bytes,
+    sampled_rows,
+)
 from pfsurgery.sites import Neighbours
 from pfsurgery.weights import applied_weight
-
-_POSITIONS = 65536  # looked at for each layer, about
-_MEMORY = 1 << 29  # bytes of the original's outputs that are held at once, about
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +51,7 @@ class Refit:
 
 
 @dataclass(frozen=True, slots=True)
-class Aim:
+class LayerAim:
     """A pointwise layer of the edited network, and what it should give.
 
     Attributes:
@@ -62,9 +67,9 @@ class Aim:
     how: Readout
 
 
-def refit_aim(
+def layer_aim(
     student: nn.Module, original: nn.Module, site: str, name: str, twin: str, around: Neighbours
-) -> Aim:
+) -> LayerAim:
     """What the pointwise layer `name` of the edited network should give.
 
     Args:
@@ -79,43 +84,27 @@ def refit_aim(
         RecordMismatchError: The two layers do not fit.
     """
     _check_twins(student, original, name, twin)
-    return Aim(site, name, twin, readout_of(original, around, len(_layer(student, name).weight)))
+    return LayerAim(
+        site, name, twin, readout_of(original, around, len(_layer(student, name).weight))
+    )
 
 
 def original_rows(
-    original: nn.Module, aims: Sequence[Aim], batches: Sequence[Tensor]
+    original: nn.Module, aims: Sequence[LayerAim], batches: Sequence[Tensor]
 ) -> Iterator[list[Tensor]]:
     """What the original gives for each aim, from as few passes as memory allows.
 
     Yields:
         For an aim, the sampled rows (P, C_out) of each batch.
     """
-    for group in in_memory(aims, lambda aim: 4 * _POSITIONS * len(aim.how.weights), _MEMORY):
-        yield from _rows_of_group(original, group, batches)
-
-
-def _rows_of_group(
-    original: nn.Module, aims: Sequence[Aim], batches: Sequence[Tensor]
-) -> list[list[Tensor]]:
-    samplers = [_RowSampler(batches) for _ in aims]
-    axes = [_axis(original.get_submodule(aim.twin)) for aim in aims]
-    wanted: dict[str, tuple[str, Side]] = {
-        str(place): (aim.twin, "output") if aim.how.merge is None else (aim.how.merge, "input")
-        for place, aim in enumerate(aims)
-    }
-    found: list[list[Tensor]] = [[] for _ in aims]
-
-    def sample(key: str, y: Tensor) -> Tensor:
-        return samplers[int(key)](y, axes[int(key)])
-
-    for batch in batches:
-        for key, rows in capture(original, batch, wanted, take=sample).items():
-            found[int(key)].append(rows)
-    return found
+    for group in in_memory(aims, lambda aim: rows_bytes(aim.how), ROWS_MEMORY):
+        twins, hows = [aim.twin for aim in group], [aim.how for aim in group]
+        samples = [_RowSampler(batches, original.get_submodule(twin)) for twin in twins]
+        yield from sampled_rows(original, twins, hows, batches, samples, [1] * len(group))
 
 
 @torch.no_grad()
-def refit_layer(front: Front, original: nn.Module, aim: Aim, goals: Sequence[Tensor]) -> Refit:
+def refit_layer(front: Front, original: nn.Module, aim: LayerAim, goals: Sequence[Tensor]) -> Refit:
     """Refit a pointwise layer in place, by ridge regression on what it reads now.
 
     Args:
@@ -189,41 +178,38 @@ class _RowSampler:
 
     Args:
         batches: All images; they are to be sampled batch by batch, in this order.
+        layer: The layer that reads or gives the rows.
     """
 
-    def __init__(self, batches: Sequence[Tensor]) -> None:
+    def __init__(self, batches: Sequence[Tensor], layer: nn.Module) -> None:
+        self._axis = 1 if isinstance(layer, nn.Conv2d) else -1
         self._sizes = iter([len(batch) for batch in batches])
         self._images = sum(len(batch) for batch in batches)
         self._generator = torch.Generator().manual_seed(0)
 
-    def __call__(self, x: Tensor, axis: int) -> Tensor:
-        """The rows (P, C), float32 on the CPU, of (N, ..., C, ...)."""
-        rows = x.movedim(axis, -1).reshape(-1, x.shape[axis])
-        most = max(1, round(_POSITIONS * next(self._sizes) / self._images))
+    def __call__(self, x: Tensor) -> Tensor:
+        """The rows (P, C), float32 on the CPU, of (N, C, H, W) or (N, ..., C)."""
+        rows = x.movedim(self._axis, -1).reshape(-1, x.shape[self._axis])
+        most = max(1, round(POSITIONS * next(self._sizes) / self._images))
         kept = sample_positions(len(rows), most, self._generator)
         return (rows if kept is None else rows[kept.to(rows.device)]).float().cpu()
 
 
 def _layer_moments(
-    front: Front, layer: nn.Conv2d | nn.Linear, aim: Aim, goals: Sequence[Tensor]
+    front: Front, layer: nn.Conv2d | nn.Linear, aim: LayerAim, goals: Sequence[Tensor]
 ) -> Moments:
-    how, axis = aim.how, _axis(layer)
+    how = aim.how
     inputs = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
     total = MomentSum(inputs, len(layer.weight))
-    read, shortcuts = _RowSampler(front.batches), _RowSampler(front.batches)
+    read, shortcuts = (_RowSampler(front.batches, layer) for _ in range(2))
     wanted: dict[str, tuple[str, Side]] = {"x": (aim.layer, "input")}
     if how.merge is not None:
         wanted |= {"out": (how.norm or aim.layer, "output"), "sum": (how.merge, "input")}
     for made, goal in zip(front.captures(aim.twin, wanted), goals, strict=True):
         if how.merge is not None:
-            goal = corrected(goal, shortcuts(made["sum"] - made["out"], axis), how)
-        total.add(read(made["x"], axis), goal)
+            goal = corrected(goal, shortcuts(made["sum"] - made["out"]), how)
+        total.add(read(made["x"]), goal)
     return total.result()
-
-
-def _axis(layer: nn.Module) -> int:
-    """Where the channels are in what a layer reads and gives."""
-    return 1 if isinstance(layer, nn.Conv2d) else -1
 
 
 def _layer(student: nn.Module, name: str) -> nn.Conv2d | nn.Linear:

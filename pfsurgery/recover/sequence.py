@@ -14,7 +14,7 @@ from pfsurgery.neighbours import neighbours_of_module
 from pfsurgery.ops.bottleneck import Bottleneck
 from pfsurgery.plan import Decision, decide
 from pfsurgery.policy import Rule, Tell
-from pfsurgery.recover.behind import refit_behind
+from pfsurgery.recover.behind import aim_behind, refit_behind
 from pfsurgery.recover.build import bare_structure, op_of, set_weights, structure_of
 from pfsurgery.recover.capture import capture
 from pfsurgery.recover.channels import ChannelFit, ChannelSums, fold_into_norm
@@ -26,22 +26,23 @@ from pfsurgery.recover.groups import in_memory
 from pfsurgery.recover.norms import reestimate
 from pfsurgery.recover.options import Option, SiteMoments, fit_option, site_moments
 from pfsurgery.recover.progress import tracked
-from pfsurgery.recover.refit import original_rows, refit_aim, refit_layer
+from pfsurgery.recover.refit import layer_aim, original_rows, refit_layer
 from pfsurgery.recover.screen import Screen, lifted_kernel, unscreened
 from pfsurgery.recover.target import (
+    POSITIONS,
+    ROWS_MEMORY,
     Readout,
     channel_operations,
     goal_rows,
     readout_of,
     refit_moments,
+    rows_bytes,
     site_operations,
     site_window,
 )
 from pfsurgery.rewrite import apply_plan
 from pfsurgery.sites import Site
 
-POSITIONS = 65536  # looked at for each site, about
-_MEMORY = 1 << 29  # bytes of the original's outputs that are held at once, about
 _ROUNDS = 4
 _PRIOR = 0.02  # how much the original kernel counts where the images say little
 
@@ -114,7 +115,7 @@ def goals_of(
     teacher: nn.Module, aims: Sequence[Aim], batches: Sequence[Tensor]
 ) -> Iterator[list[Tensor]]:
     """The original's rows for each aim, from as few passes as their memory allows."""
-    for group in in_memory(aims, lambda aim: 4 * POSITIONS * len(aim.how.weights), _MEMORY):
+    for group in in_memory(aims, lambda aim: rows_bytes(aim.how), ROWS_MEMORY):
         read = [aim for aim in group if aim.reads_goals]
         places = [aim.site for aim in read], [aim.layer for aim in read], [aim.how for aim in read]
         rows = goal_rows(teacher, *places, batches, POSITIONS) if read else []
@@ -211,13 +212,13 @@ def place_fit(
 
 def _place_op(teacher: nn.Module, front: Front, aim: Aim, seen: GraphView) -> Decision:
     """An op that is not fitted: its norm is re-estimated, the layer that takes it refitted."""
-    student, batches = front.network, list(front.batches)
+    student = front.network
     decision = decide(aim.site, Rule(aim.option.op))
     apply_plan(student, [decision])
     norm = aim.site.neighbours.norm
     if norm is not None:
-        reestimate(student, batches, {norm})
-    (refit,) = refit_behind(student, teacher, [decision], seen, batches)
+        reestimate(student, list(front.batches), {norm})
+    (refit,) = refit_behind(front, teacher, [aim_behind(student, teacher, decision, seen)])
     told = f"relative error {refit.after:.3f} behind {refit.layer}" if refit.layer else refit.reason
     return replace(decision, reason=told)
 
@@ -240,7 +241,7 @@ def _place_bare(
         chosen, tail = fit_bare(moments, how.weights, len(ops)).ops, "drop"
     decision = Decision(site, "bare", tail=tail, structure=bare_structure(chosen, ops))  # type: ignore[arg-type]
     apply_plan(student, [decision])
-    goal = refit_aim(student, teacher, site.name, layer, layer, around)
+    goal = layer_aim(student, teacher, site.name, layer, layer, around)
     (rows,) = original_rows(teacher, [goal], front.batches)
     refit = refit_layer(front, teacher, goal, rows)
     return replace(

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,6 +74,42 @@ def copy_weights(model: nn.Module) -> dict[str, Tensor]:
         for name, value in model.state_dict().items()
         if isinstance(value, Tensor)
     }
+
+
+def whole_weights(model: nn.Module) -> dict[str, Any]:
+    """The state dict, each tensor put together if it is split over processes."""
+    state = model.state_dict()
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            state[name] = whole(value)
+    return state
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load what `whole_weights` gave; of tensors that are split over processes, the own share.
+
+    Raises:
+        TrainingError: They are another model's.
+    """
+    for name, own in model.state_dict().items():
+        if name in state:
+            state[name] = share_of(state[name], own)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise TrainingError(
+            f"The checkpoint is of another model: {' '.join(lines[1:2])} Give the model that the "
+            f"run began with."
+        ) from None
+
+
+def same_buffers(model: nn.Module) -> None:
+    """Every process takes over the buffers (norm statistics) of the first."""
+    from accelerate.utils import broadcast
+
+    for buffer in model.buffers():
+        buffer.copy_(broadcast(buffer))
 
 
 def restore_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:

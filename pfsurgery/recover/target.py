@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,8 @@ from pfsurgery.recover.gram import Moments, MomentSum, sample_positions
 from pfsurgery.recover.screen import Screen, screened
 from pfsurgery.sites import Neighbours, Site
 
+POSITIONS = 65536  # looked at for each layer, about
+ROWS_MEMORY = 1 << 29  # bytes of the original's rows that are held at once, about
 _DEAD = 1e-4  # norm weights below this share of the largest make a channel that says nothing
 _CHUNK = 16384  # positions whose columns are in memory at once
 
@@ -198,21 +200,50 @@ def goal_rows(
     Returns:
         For each site and batch the rows (P, C_out).
     """
-    found: list[list[Tensor]] = [[] for _ in sites]
-    samplers = [_Sampler(site, batches, most) for site in sites]
+    samples = [_Sampler(site, batches, most).outputs for site in sites]
+    return sampled_rows(teacher, layers, hows, batches, samples, [site.calls for site in sites])
+
+
+def sampled_rows(
+    teacher: nn.Module,
+    layers: Sequence[str],
+    hows: Sequence[Readout],
+    batches: Sequence[Tensor],
+    samples: Sequence[Callable[[Tensor], Tensor]],
+    calls: Sequence[int],
+) -> list[list[Tensor]]:
+    """What the original gives at each of some layers, in one pass over the images.
+
+    Args:
+        teacher: The original, in eval mode.
+        layers: Paths of the layers.
+        hows: For each, how its output counts: where a shortcut is added, the sum is read.
+        batches: Images (N, C, H, W), one batch each.
+        samples: For each layer what takes rows (P, C_out) of a batch of its outputs.
+        calls: How often each is called.
+
+    Returns:
+        For each layer and batch the rows (P, C_out).
+    """
+    found: list[list[Tensor]] = [[] for _ in layers]
     wanted: dict[str, tuple[str, Side]] = {
         str(place): (layer, "output") if how.merge is None else (how.merge, "input")
         for place, (layer, how) in enumerate(zip(layers, hows, strict=True))
     }
-    calls = {str(place): site.calls for place, site in enumerate(sites)}
+    called = {str(place): number for place, number in enumerate(calls)}
 
     def sample(key: str, y: Tensor) -> Tensor:
-        return samplers[int(key)].outputs(y)
+        return samples[int(key)](y)
 
     for batch in batches:
-        for key, rows in capture(teacher, batch, wanted, calls, sample).items():
+        for key, rows in capture(teacher, batch, wanted, called, sample).items():
             found[int(key)].append(rows)
     return found
+
+
+def rows_bytes(how: Readout) -> int:
+    """Bytes of the rows of one layer's output at `POSITIONS` positions."""
+    return 4 * POSITIONS * len(how.weights)
 
 
 def refit_moments(

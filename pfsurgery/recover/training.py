@@ -29,10 +29,11 @@ from pfsurgery.recover.sharding import copy_to_shard, explained, sharding_of
 from pfsurgery.recover.snapshot import Position
 from pfsurgery.recover.state import (
     copy_weights,
+    load_weights,
     non_finite,
     restore_weights,
-    share_of,
-    whole,
+    same_buffers,
+    whole_weights,
     write_weights,
 )
 from pfsurgery.recover.stop import StoppedError, StopRequest
@@ -125,8 +126,8 @@ class Training:
     def _agree(self, run: Run) -> None:
         """Norm statistics of a sharded model are the first process's, as with DDP."""
         if run.sharded:
-            _same_buffers(run.model)
-            _same_buffers(run.result)
+            same_buffers(run.model)
+            same_buffers(run.result)
 
     def train(self, run: Run, stop: StopRequest, progress: bool | None) -> None:
         """Train until the last step, with a checkpoint and an accuracy after each epoch."""
@@ -243,8 +244,8 @@ class Training:
             return None
         path = None
         self._agree(run)
-        weights = _whole_state(run.model)
-        average = None if run.ema is None else _whole_state(run.ema.module)
+        weights = whole_weights(run.model)
+        average = None if run.ema is None else whole_weights(run.ema.module)
         optimizer = whole_state(run.optimizer, keep=self.main)
         if name := non_finite({k: v for k, v in weights.items() if isinstance(v, Tensor)}):
             raise DivergedError(
@@ -274,9 +275,9 @@ class Training:
         from safetensors.torch import load_file
 
         self.at = Position.from_dict(saved["position"])
-        _load_state(run.model, saved["model"])
+        load_weights(run.model, saved["model"])
         if run.ema is not None:
-            _load_state(run.ema.module, saved["ema"])
+            load_weights(run.ema.module, saved["ema"])
         load_state(run.optimizer, saved["optimizer"])
         if saved["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
@@ -337,7 +338,7 @@ class Training:
         gather = accelerator.gather_for_metrics if accelerator.num_processes > 1 else None
         assert self.val is not None
         if gather is not None:
-            _same_buffers(model)
+            same_buffers(model)
         with accelerator.autocast():
             return score(
                 model,
@@ -355,7 +356,7 @@ class Training:
                 break
         recalibrate(self.model, images)
         if self.accelerator.num_processes > 1:
-            _same_buffers(self.model)
+            same_buffers(self.model)
 
     def _check_finite(self, record: EpochRecord, weights: dict[str, Tensor]) -> None:
         reason = None
@@ -391,33 +392,3 @@ class Training:
 
 def _stopped(path: Path | None) -> StoppedError:
     return StoppedError("a checkpoint" if path is None else str(path))
-
-
-def _whole_state(model: nn.Module) -> dict[str, Any]:
-    state = model.state_dict()
-    for name, value in state.items():
-        if isinstance(value, Tensor):
-            state[name] = whole(value)
-    return state
-
-
-def _load_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    for name, own in model.state_dict().items():
-        if name in state:
-            state[name] = share_of(state[name], own)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        raise TrainingError(
-            f"The checkpoint is of another model: {' '.join(lines[1:2])} Give the model that the "
-            f"run began with."
-        ) from None
-
-
-def _same_buffers(model: nn.Module) -> None:
-    """Every process takes over the buffers (norm statistics) of the first."""
-    from accelerate.utils import broadcast
-
-    for buffer in model.buffers():
-        buffer.copy_(broadcast(buffer))
