@@ -309,6 +309,14 @@ def test_a_latency_budget_is_spent_on_this_device(images):
         convert(model, budget(latency="1%", batch=4), images=images)
 
 
+def test_the_time_of_the_original_can_always_be_met():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)).eval()
+    images = [torch.randn(2, 3, 6, 6) for _ in range(8)]
+    for _ in range(3):
+        fast = convert(net, budget(latency="100%", batch=1), images=images)
+        assert record(fast).plans[-1].policy == "budget(latency=100%)"
+
+
 @pytest.mark.parametrize("search", [False, True])
 @pytest.mark.parametrize(
     ("macs", "message"),
