@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pfsurgery.recover.columns import Window, column_rows, kernel_columns, operations
 from pfsurgery.recover.fit import Fit, apply_fit, effective_kernel, refit_expansion
-from pfsurgery.recover.fit_bottleneck import fit_bottleneck, fit_mixed, fit_thin
+from pfsurgery.recover.fit_bottleneck import fit_bottleneck, fit_mixed, fit_thin, narrowed
 from pfsurgery.recover.fit_columns import (
     column_curve,
     fit_bare,
@@ -78,6 +78,37 @@ def test_selection_curve_is_the_error_of_the_fit(
         assert fit.error == pytest.approx(float(curve[count]), abs=1e-4)
         assert fit.error == pytest.approx(measured(fit, images, dense, weights), abs=1e-5)
         assert fit.macs == count * 10
+
+
+def test_curves_of_wide_sites_end_with_what_few_images_show() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(90, 192, 4, 4, generator=generator).relu()
+    kernel = torch.randn(8, 192, 3, 3, generator=generator)
+    moments = moments_of(x[:, :, :2, :2], F.conv2d(x[:, :, :2, :2], kernel, padding=1))
+    every = torch.ones(8, dtype=torch.float64)
+    assert moments.count < len(moments.gram)  # so most columns depend on others
+    _, errors = column_curve(moments, every, 500)
+    assert errors[-1] == pytest.approx(0, abs=2e-3)
+    assert (errors.diff() <= 1e-5).all()
+    counts = [100, 200, 359, 500]
+    _, through = waist_curve(moments, every, 6, counts)
+    assert sorted(through, reverse=True) == through
+    assert through[-1] >= 0
+
+
+def test_selection_of_nothing_to_explain() -> None:
+    chosen = select_columns(torch.eye(50, dtype=torch.float64), torch.zeros(50, 3).double(), 5)
+    assert chosen.removed.tolist() == [0.0] * 5
+
+
+@pytest.mark.parametrize("width", [4, 8])
+def test_narrowed_bottlenecks_promise_what_they_keep(problem: Problem, width: int) -> None:
+    small = narrowed(problem, width)
+    assert (small.channels, small.total) == (width, pytest.approx(problem.total))
+    assert narrowed(problem, problem.channels) is problem
+    thin = fit_thin(problem, 4, 6).error
+    assert thin - 1e-3 < fit_thin(small, 4, 6).error < 1.3 * thin
+    assert fit_bottleneck(problem, 9).error - 1e-3 < fit_bottleneck(small, 9).error < 1
 
 
 def test_waist_curve_is_the_error_of_the_fit(

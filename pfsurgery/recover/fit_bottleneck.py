@@ -9,6 +9,7 @@ X_o R' D_o. D has a row for each column chosen and may be limited to a waist's r
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from pfsurgery.recover.alternate import alternate, solve_product
 from pfsurgery.recover.fit import Fit, Form, cost, refit_expansion
 from pfsurgery.recover.fit_columns import select_columns
 from pfsurgery.recover.linalg import cholesky, principal
-from pfsurgery.recover.problem import Problem, State, reduced_moments
+from pfsurgery.recover.problem import Problem, State, prepare, reduced_moments
 
 ROUNDS = 6
 
@@ -53,6 +54,25 @@ def leading_reduction(problem: Problem, width: int) -> Tensor:
     vectors: Tensor
     _, vectors = torch.linalg.eigh((white @ white.transpose(1, 2)).sum(0))
     return vectors.flip(1)[:, :width].T @ problem.whitener
+
+
+def narrowed(problem: Problem, width: int) -> Problem:
+    """The same seen through the `width` leading directions of the channels, or itself.
+
+    Its totals stay those of all channels, so what the other directions carry counts as error.
+    """
+    if problem.channels <= width:
+        return problem
+    lead, seen = leading_reduction(problem, width), problem.moments
+    cross = seen.cross.view(problem.ops, problem.channels, -1)
+    means = seen.column_mean.view(problem.ops, -1)
+    moments = replace(
+        seen,
+        gram=reduced_moments(problem, lead)[0],
+        cross=(lead @ cross).flatten(0, 1),
+        column_mean=(means @ lead.T).flatten(),
+    )
+    return prepare(moments, problem.weights, problem.ops, reuse=problem.reuse)
 
 
 def fit_thin(problem: Problem, r1: int, r2: int, *, rounds: int = ROUNDS) -> Fit:

@@ -12,7 +12,9 @@ from pfsurgery.recover.fit import Fit, cost, refit_expansion
 from pfsurgery.recover.gram import DOUBLE, Moments
 from pfsurgery.recover.linalg import RIDGE, cholesky, principal
 
+_AHEAD = 32  # columns whose products are known when one of them is chosen
 _DEPENDENT = 1e-6  # a column with less of its variance left than this adds rounding errors
+_RIDGE_SINGLE = 1e-4  # of the mean variance: more than float32 errs, so that no rank runs out
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +47,10 @@ def select_columns(
         most: Columns to choose; fewer if the rest are linearly dependent.
         exclusive: Group of each column (K,): at most one column a group is chosen.
     """
+    left = gram.diagonal().clone()
     if len(gram) > DOUBLE:  # no more exact than float32 itself, and memory decides the time
         gram, goal = gram.float(), goal.float()
-    left = gram.diagonal().clone()
+        left = (left + _RIDGE_SINGLE * left.mean()).float()
     least = torch.maximum(left * _DEPENDENT, left.max() * 1e-14)
     rest = goal.clone()
     most = min(most, len(gram))
@@ -55,18 +58,25 @@ def select_columns(
     free = torch.ones_like(left, dtype=torch.bool)
     order: list[int] = []
     removed: list[Tensor] = []
+    ahead, rows = torch.empty(0, dtype=torch.long), gram.new_empty(0, len(gram))
     for b in range(most):
         usable = free & (left > least)
-        score = torch.where(usable, rest.square().sum(1) / left.clamp(min=1e-300), -1.0)
+        power = torch.linalg.vector_norm(rest, dim=1).square()
+        score = torch.where(usable, power / left.clamp(min=1e-300), -1.0)
         j = int(score.argmax())
         if not bool(usable[j]):
             break
-        row = gram[j] - basis[:b, j] @ basis[:b]
+        if j not in ahead:  # one pass over the basis serves all that are likely to follow
+            score[j] = torch.inf  # it is one of them, though many be equal
+            ahead = score.topk(min(_AHEAD, len(score))).indices
+            rows = gram[ahead] - basis[:b, ahead].T @ basis[:b]
+        row = rows[ahead == j][0]
         row[j] = left[j]
         row[torch.tensor(order, dtype=torch.long)] = 0
         row = row / left[j].sqrt()
+        rows.addcmul_(row[ahead, None], row, value=-1)
         share = rest[j] / left[j].sqrt()
-        rest -= row[:, None] * share
+        rest.addcmul_(row[:, None], share, value=-1)
         left -= row.square()
         basis[b] = row
         free[j] = False

@@ -28,11 +28,12 @@ def cholesky(gram: Tensor, ridge: float = RIDGE) -> Tensor:
             "for an overflow in the network."
         )
     scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=torch.finfo(gram.dtype).tiny)
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     while True:
         factor: Tensor
         info: Tensor
-        factor, info = torch.linalg.cholesky_ex(gram + (ridge * scale)[..., None, None] * eye)
+        raised = gram.clone()
+        raised.diagonal(dim1=-2, dim2=-1).add_((ridge * scale)[..., None])
+        factor, info = torch.linalg.cholesky_ex(raised)
         if not bool(info.any()):
             return factor
         ridge *= 10

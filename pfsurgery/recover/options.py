@@ -16,12 +16,12 @@ from pfsurgery.recover.fit_bottleneck import (
     fit_low_rank,
     fit_mixed,
     fit_thin,
+    narrowed,
     thin_errors,
 )
 from pfsurgery.recover.fit_columns import (
     column_curve,
     fit_columns,
-    output_directions,
     waist_curve,
 )
 from pfsurgery.recover.gram import Moments
@@ -32,6 +32,7 @@ PARAMETER_FREE: tuple[Form, ...] = ("columns", "waist", "bottleneck", "mixed")
 _ROUNDS = 2  # of alternation for a curve; the fit that is used gets more
 _CHEAP = 0.3  # of the dense cost: thin options above it, nearly exact, are not alternated
 _MOST = 12  # thin options that are fitted for the curve, spread along their hull
+_DIRECTIONS = 256  # of the channels that a curve's bottlenecks see: wider ones take half a minute
 _WIDE = 2048  # more columns than this get curves of half as many points: each takes seconds
 
 
@@ -105,36 +106,37 @@ def _points(problem: Problem, usual: int) -> int:
     return usual if problem.ops * problem.channels <= _WIDE else (usual + 1) // 2
 
 
-def _thin(problem: Problem, dense: float) -> list[Option]:
+def _thin(problem: Problem, rough: Problem, dense: float) -> list[Option]:
     c, m = problem.channels, problem.targets
     most = _points(problem, _MOST)
     sizes = [
         (r1, r2)
-        for r1 in _widths(max(2, c // 24), max(2, 4 * c // 5), 12)
+        for r1 in _widths(max(2, c // 24), max(2, min(4 * c // 5, rough.channels)), 12)
         for r2 in _widths(max(2, r1 // 2), min(m, 5 * r1 // 2), 12)
         if cost(c, m, problem.ops * r1, r1, r2, problem.reuse) < dense
     ]
     if not sizes:
         return []
     costs = [cost(c, m, problem.ops * r1, r1, r2, problem.reuse) for r1, r2 in sizes]
-    errors = thin_errors(problem, sizes)
+    errors = thin_errors(rough, sizes)
     hull = spread(lower_hull(list(zip(costs, errors, strict=True))), most)
     options = []
     for i in hull:
         error = errors[i]
         if costs[i] < dense * _CHEAP:
-            error = fit_thin(problem, *sizes[i], rounds=_ROUNDS).error
+            error = fit_thin(rough, *sizes[i], rounds=_ROUNDS).error
         options.append(Option("thin", sizes[i], costs[i], error))
     return options
 
 
-def _bottleneck(problem: Problem, dense: float) -> list[Option]:
+def _bottleneck(problem: Problem, rough: Problem, dense: float) -> list[Option]:
     c, m = problem.channels, problem.targets
     options = []
     for r in _widths(max(2, c // 12), 11 * c // 5, _points(problem, 10)):
-        if r * (c * problem.reuse + m) < dense and r <= problem.ops * min(c, m):
-            fit = fit_bottleneck(problem, r, rounds=_ROUNDS)
-            options.append(Option("bottleneck", (r,), fit.macs, fit.error))
+        macs = cost(c, m, r, r, None, problem.reuse)
+        if macs < dense and r <= problem.ops * min(rough.channels, m):
+            error = fit_bottleneck(rough, r, rounds=_ROUNDS).error
+            options.append(Option("bottleneck", (r,), macs, error))
     return options
 
 
@@ -162,7 +164,7 @@ def _columns(site: SiteMoments, dense: float) -> list[Option]:
 
 def _waist(site: SiteMoments, dense: float) -> list[Option]:
     c, m, k = site.problem.channels, site.problem.targets, len(site.moments.gram)
-    directions = output_directions(site.moments, site.weights)
+    directions = site.problem.explained
     options = []
     for r in _widths(max(2, m // 12), 3 * m // 5, _points(site.problem, 6)):
         most = min(4 * c, k, int(dense / r - m))
@@ -188,14 +190,17 @@ def site_options(site: SiteMoments, dense: float, forms: Collection[Form]) -> li
         forms: Forms to consider.
     """
     options: list[Option] = []
+    rough = (
+        narrowed(site.problem, _DIRECTIONS) if {"thin", "bottleneck"} & {*forms} else site.problem
+    )
     if "thin" in forms:
-        options += _thin(site.problem, dense)
+        options += _thin(site.problem, rough, dense)
     if "low_rank" in forms:
         for r in _widths(1, site.problem.targets, 12):
             fit = fit_low_rank(site.problem, r)
             options.append(Option("low_rank", (r,), fit.macs, fit.error))
     if "bottleneck" in forms:
-        options += _bottleneck(site.problem, dense)
+        options += _bottleneck(site.problem, rough, dense)
     if "mixed" in forms:
         options += _mixed(site.problem, dense)
     if "columns" in forms:

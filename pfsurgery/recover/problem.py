@@ -56,6 +56,13 @@ class Problem:
         left, values, _ = torch.linalg.svd(colour, full_matrices=False)
         return left, values
 
+    @cached_property
+    def explained(self) -> Tensor:
+        """Principal directions of what `full` explains, largest first, (C_out, C_out)."""
+        vectors: Tensor
+        _, vectors = torch.linalg.eigh(self.full.flatten(0, 1).T @ self.cross.flatten(0, 1))
+        return vectors.flip(1)
+
 
 def prepare(moments: Moments, weights: Tensor, ops: int, *, reuse: float = 1.0) -> Problem:
     """Prepares a site's moments.
