@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from pfsurgery.plan import Plan
     from pfsurgery.recover import Refit
 
+_ERROR = "error: share of the original output's variance that is lost; 0 is exact, 1 a constant"
+
 
 def render(what: RenderableType, width: int = 140) -> str:
     """A Rich renderable as plain text, at most `width` columns wide."""
@@ -103,6 +105,8 @@ def fit_table(plan: Plan) -> Table:
     table = Table(
         title=f"Policy {plan.policy}: {len(fitted)} of {len(plan)} sites fitted",
         title_justify="left",
+        caption=_ERROR,
+        caption_justify="left",
         show_footer=True,
     )
     table.add_column("site", "total", overflow="fold")
@@ -136,6 +140,8 @@ def refit_table(refits: Iterable[Refit]) -> Table:
     table = Table(
         title=f"Refitted layers: {len(done)} of {len(refits)}",
         title_justify="left",
+        caption=_ERROR,
+        caption_justify="left",
         show_footer=True,
     )
     table.add_column("site", "total", overflow="fold")
