@@ -33,6 +33,7 @@ _ROUNDS = 2  # of alternation for a curve; the fit that is used gets more
 _CHEAP = 0.3  # of the dense cost: thin options above it, nearly exact, are not alternated
 _MOST = 12  # thin options that are fitted for the curve, spread along their hull
 _DIRECTIONS = 256  # of the channels that a curve's bottlenecks see: wider ones take half a minute
+_COLUMNS_A_WAIST = 8  # looked at for each channel of the waist of a wide site
 _WIDE = 2048  # more columns than this get curves of half as many points: each takes seconds
 
 
@@ -102,8 +103,12 @@ def _widths(low: int, high: int, count: int) -> list[int]:
     return sorted({round(low * ratio**i) for i in range(count)})
 
 
+def _is_wide(problem: Problem) -> bool:
+    return problem.ops * problem.channels > _WIDE
+
+
 def _points(problem: Problem, usual: int) -> int:
-    return usual if problem.ops * problem.channels <= _WIDE else (usual + 1) // 2
+    return (usual + 1) // 2 if _is_wide(problem) else usual
 
 
 def _thin(problem: Problem, rough: Problem, dense: float) -> list[Option]:
@@ -168,6 +173,8 @@ def _waist(site: SiteMoments, dense: float) -> list[Option]:
     options = []
     for r in _widths(max(2, m // 12), 3 * m // 5, _points(site.problem, 6)):
         most = min(4 * c, k, int(dense / r - m))
+        if _is_wide(site.problem):  # time goes with the square, and a narrow waist gains little
+            most = min(most, _COLUMNS_A_WAIST * r)
         counts = _widths(max(r + 1, c // 4), most, 8)
         if not counts:
             continue
