@@ -66,8 +66,9 @@ def _build_timm(base: Base) -> nn.Module:
     import pfsurgery.zoo  # noqa: F401 (registers the paper's models)
 
     if not timm.is_model(base.name):
+        folder = f"There is no folder {base.name!r}, and " if "/" in base.name else ""
         raise UnknownNameError(
-            f"timm {timm.__version__} has no model {base.name!r}. "
+            f"{folder}timm {timm.__version__} has no model {base.name!r}. "
             f"{closest(base.name, timm.list_models())}"
         )
     try:

@@ -252,6 +252,7 @@ def test_the_demo(cli, tmp_path, monkeypatch):
 
 
 BAD = {
+    "no such folder": (["eval", "--model", "none/model", "--data", "digits"], "There is no folder"),
     "unknown model": (("scan", "--model", "resnet5O"), "resnet50"),
     "unknown torchvision model": (("scan", "--model", "torchvision/resnet5O"), "resnet50"),
     "unknown policy": (("plan", *SMALL, "-p", "maxpool_dep"), "maxpool_deep"),
