@@ -27,7 +27,6 @@ from pfsurgery.recover.polish import polish
 from pfsurgery.recover.progress import tracked
 from pfsurgery.recover.screen import MOST_COLUMNS, Screen, is_wide, lifted_kernel, screens
 from pfsurgery.recover.sequence import (
-    PRIOR,
     channel_fits,
     refit_in_order,
     reuse,
@@ -227,7 +226,7 @@ def _fitted_options(
         forms = [form for form in forms if form in ("bottleneck", "thin")]
     kernel = lifted_kernel(site_kernel(teacher, site, ops), screen)
     prepared = site_moments(
-        columns.with_linear_target(kernel).with_prior(kernel, PRIOR),
+        columns.with_linear_target(kernel).with_prior(kernel),
         site_readout(teacher, site).weights,
         ops,
         reuse=reuse(site),

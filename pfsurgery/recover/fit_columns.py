@@ -126,7 +126,8 @@ def waist_curve(
         weights: (C_out,).
         waist: Width r of the waist.
         columns: Numbers of columns wanted, increasing.
-        directions: `output_directions(moments, weights)`, where they are known already.
+        directions: Principal directions of the outputs, largest first, (C_out, C_out), where they
+            are known already: all columns' or, nearly the same, the linear ones'.
     """
     cross = moments.cross * weights
     if directions is None:

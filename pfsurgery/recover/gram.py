@@ -12,6 +12,7 @@ from pfsurgery.errors import DataError
 _ROWS = 4096  # of one product: few enough that float32 rounding stays near 1e-6
 _ENOUGH = 1024  # rows that are worth a product
 _BLOCK = 512
+_PRIOR = 0.02  # how much a kernel counts where the images say little
 DOUBLE = 2048  # up to this many columns products are float64: twice the time, and exact
 
 
@@ -72,7 +73,7 @@ class Moments:
             mean = mean + bias.to(mean)
         return Moments(self.count, self.gram, cross, weight.T @ cross, self.column_mean, mean)
 
-    def with_prior(self, weight: Tensor, share: float) -> Moments:
+    def with_prior(self, weight: Tensor, share: float = _PRIOR) -> Moments:
         """The moments as if white noise had also been seen, with `columns @ weight` as target.
 
         Directions that few images show are then fitted as the original kernel acts on them

@@ -25,8 +25,6 @@ from pfsurgery.recover.refit import Refit, layer_columns, solve_layer
 from pfsurgery.recover.target import POSITIONS, Readout, corrected, readout_of
 from pfsurgery.sites import geometry_of
 
-_PRIOR = 0.02  # how much the layer's own kernel counts where the images say little
-
 
 def refit_layers(
     model: nn.Module, teacher: nn.Module, images: Any, *, tell: Tell = lambda line: None
@@ -158,7 +156,7 @@ def _refit(
         raise RecordMismatchError(f"{twin.name} is no convolution.")
     norm = None if twin.how.norm is None else student.get_submodule(twin.how.norm)
     moments = _moments(student, original, twin, layer, batches)
-    moments = moments.with_prior(layer_columns(layer), _PRIOR)
+    moments = moments.with_prior(layer_columns(layer))
     before, after = solve_layer(layer, norm, moments, twin.how.weights)
     return Refit(twin.name, twin.name, before, after)
 

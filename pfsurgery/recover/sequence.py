@@ -44,7 +44,6 @@ from pfsurgery.rewrite import apply_plan
 from pfsurgery.sites import Site
 
 _ROUNDS = 4
-PRIOR = 0.02  # how much the original kernel counts where the images say little
 
 
 def refit_in_order(
@@ -190,7 +189,7 @@ def fitting_problem(
     ops = site_operations(site)
     found = refit_moments(front, site, goals, ops, how, POSITIONS, screen=screen)
     kernel = lifted_kernel(site_kernel(teacher, site, ops), screen)
-    return site_moments(found.with_prior(kernel, PRIOR), how.weights, ops, reuse=reuse(site))
+    return site_moments(found.with_prior(kernel), how.weights, ops, reuse=reuse(site))
 
 
 def place_fit(
