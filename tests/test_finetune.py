@@ -152,6 +152,37 @@ def test_distillation_alone_needs_no_labels(model, data):
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
+class Pairs(nn.Module):
+    """Takes at least two images, so that it cannot be traced with one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        if len(images) < 2:
+            raise ValueError("one image")
+        return self.model(images)
+
+
+@pytest.mark.parametrize("wrapped", [lambda teacher: teacher, Pairs], ids=["traced", "not traced"])
+def test_the_teacher_is_asked_for_its_own_logits_and_left_alone(model, data, tmp_path, wrapped):
+    torch.manual_seed(1)
+    original = timm.create_model("test_resnet", num_classes=10).train()
+    original(data.train[:64][0])  # so that its norms have statistics of images
+    teacher = wrapped(original.eval())
+    state = {key: value.clone() for key, value in teacher.state_dict().items()}
+    student = copy.deepcopy(model).train()
+    images = data.train[:32][0]
+    with torch.no_grad():
+        expected = kd_loss(student(images), teacher(images), temperature=1.0)
+    config = FinetuneConfig(batch_size=32, max_steps=1, kd_weight=1.0, temperature=1.0, log_every=1)
+    finetune(model, train=[images], teacher=teacher, config=config, out=tmp_path)
+    (loss,) = (line["loss"] for line in lines(tmp_path) if line["kind"] == "step")
+    assert loss == pytest.approx(expected.item(), rel=1e-4)
+    assert same(teacher.state_dict(), state)
+
+
 def test_same_seed_same_weights_and_the_caller_keeps_his_random_state(data):
     def run(seed: int) -> dict[str, Tensor]:
         torch.manual_seed(1)

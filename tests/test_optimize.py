@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import pfsurgery
 from pfsurgery.cli import app
 from pfsurgery.errors import RecordMismatchError
+from pfsurgery.fold import with_folded_norms
 from pfsurgery.ops.pool import AvgPool, MaxPool
 from pfsurgery.ops.window import Window
 
@@ -109,6 +110,26 @@ def test_what_is_shared_or_read_elsewhere_is_left_alone():
     fast = pfsurgery.optimize(model, x)
     assert norms(fast) == ["shared", "last"]
     torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_copy_with_folded_norms_shares_the_rest_and_calls_the_same_hooks():
+    model = trained(timm.create_model("test_resnet"))
+    x = torch.randn(2, 3, 64, 64)
+    seen: list[torch.Tensor] = []
+    names = norms(model)
+    watched = model.get_submodule(names[3])
+    handle = watched.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        before = model(x)
+        copied = with_folded_norms(model, x)
+        torch.testing.assert_close(copied(x), before, rtol=1e-3, atol=1e-4)
+    handle.remove()
+    assert norms(copied) == [names[3]]
+    torch.testing.assert_close(seen[1], seen[0], rtol=1e-3, atol=1e-4)
+    assert copied.get_classifier().weight is model.get_classifier().weight
+    assert norms(model) == names
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
 def test_an_optimized_copy_is_not_saved(tmp_path):

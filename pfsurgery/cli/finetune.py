@@ -11,9 +11,9 @@ from pfsurgery.cli import options, show
 from pfsurgery.cli.settings import with_settings
 from pfsurgery.data import Augmentation, open_data
 from pfsurgery.job import run_job
+from pfsurgery.recover.compilation import check_backend
 from pfsurgery.recover.config_file import read_config
 from pfsurgery.recover.optimizer import check_optimizer
-from pfsurgery.recover.prepare import check_backend
 from pfsurgery.recover.processes import join_processes
 from pfsurgery.recover.state import writable_folder
 

@@ -14,10 +14,10 @@ from torch import nn
 from pfsurgery.batches import Images, report_skipped, skipped_images
 from pfsurgery.errors import TrainingError
 from pfsurgery.recover import snapshot
+from pfsurgery.recover.compilation import check_backend
 from pfsurgery.recover.config import FinetuneConfig, FinetuneResult
 from pfsurgery.recover.logs import check_tracker
 from pfsurgery.recover.optimizer import check_optimizer
-from pfsurgery.recover.prepare import check_backend
 from pfsurgery.recover.sharding import check_sharding, forgotten_afterwards
 from pfsurgery.recover.source import opened
 from pfsurgery.recover.state import (

@@ -15,6 +15,7 @@ from pfsurgery.errors import DataError, TrainingError
 from pfsurgery.recover.config import FinetuneConfig
 from pfsurgery.recover.distill import recovery_loss
 from pfsurgery.recover.evaluate import check_labels, logits_of
+from pfsurgery.recover.guide import Guide
 from pfsurgery.recover.match import Match
 from pfsurgery.recover.remembered import RememberedLogits
 
@@ -25,7 +26,7 @@ class Objective:
 
     Attributes:
         student: The model, as prepared by the accelerator.
-        teacher: In eval mode, on the accelerator's device.
+        teacher: Gives the teacher's logits.
         config: Settings.
         accelerator: Accelerate's.
         matches: What is to match between both, and how much it weighs.
@@ -34,7 +35,7 @@ class Objective:
     """
 
     student: nn.Module
-    teacher: nn.Module | None
+    teacher: Guide | None
     config: FinetuneConfig
     accelerator: Any
     matches: tuple[tuple[float, Match], ...]
@@ -83,8 +84,7 @@ class Objective:
         if self.remembered is not None:
             teacher_logits = self.remembered(loaded)
         elif self.teacher is not None and (uses_teacher or self.matches):
-            with torch.no_grad(), self.accelerator.autocast():
-                teacher_logits = logits_of(self.teacher, images)
+            teacher_logits = self.teacher(images)
         if uses_teacher and teacher_logits is not None and teacher_logits.shape != logits.shape:
             raise TrainingError(
                 f"The teacher gives {teacher_logits.shape[1]} classes and the model "

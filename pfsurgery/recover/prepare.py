@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pfsurgery.errors import DataError, TrainingError, UnknownNameError, closest
+from pfsurgery.errors import DataError, TrainingError
+from pfsurgery.recover.compilation import compiled
 from pfsurgery.recover.config import FinetuneConfig
 from pfsurgery.recover.epoch import Run
-from pfsurgery.recover.evaluate import logits_of
+from pfsurgery.recover.guide import Guide
 from pfsurgery.recover.match import Match, match_blocks, match_stages
 from pfsurgery.recover.objective import Objective, check_pairs, on_device
 from pfsurgery.recover.optimizer import make_optimizer, make_schedule
@@ -45,11 +44,13 @@ def build_run(
     if mixed and batches.order is not None:
         for size in sorted(batches.order.sizes):
             check_pairs(size)
-    guide = None if teacher is None else _compiled(teacher, config)
+    guide = None if teacher is None else Guide(teacher, config, accelerator)
     remembered = None
     alone = accelerator.num_processes == 1 and not (matches or mixed)
     if config.teacher_cache and config.kd_weight and guide is not None and alone:
-        remembered = RememberedLogits(_logits_by(guide, config, accelerator), batches.start(1, 0))
+        remembered = RememberedLogits(
+            lambda images: guide(on_device(images, config, accelerator)), batches.start(1, 0)
+        )
     if sharding is None:
         student, optimizer = accelerator.prepare(model, make_optimizer(model, config))
     else:
@@ -57,7 +58,7 @@ def build_run(
     return Run(
         model=model,
         objective=Objective(
-            _compiled(student, config),
+            compiled(student, config),
             guide,
             config,
             accelerator,
@@ -83,16 +84,6 @@ def _matches(
 ) -> tuple[tuple[float, Match], ...]:
     wanted = ((config.match_weight, match_blocks), (config.stage_weight, match_stages))
     return tuple((weight, match(model, teacher)) for weight, match in wanted if weight)
-
-
-def _logits_by(
-    teacher: nn.Module, config: FinetuneConfig, accelerator: Any
-) -> Callable[[Tensor], Tensor]:
-    def logits(images: Tensor) -> Tensor:
-        with torch.no_grad(), accelerator.autocast():
-            return logits_of(teacher, on_device(images, config, accelerator))
-
-    return logits
 
 
 def _sharded(
@@ -130,26 +121,6 @@ def _classes(model: nn.Module) -> int:
         "mixup and cutmix need the number of classes, which the model does not tell: set "
         "model.num_classes."
     )
-
-
-def check_backend(config: FinetuneConfig) -> None:
-    """Raise an UnknownNameError where `torch.compile` has no backend of that name."""
-    if config.compile == "no":
-        return
-    from torch._dynamo import list_backends
-
-    names = list_backends(exclude_tags=())
-    if config.compile not in names:
-        raise UnknownNameError(
-            f"torch.compile has no backend {config.compile!r}. {closest(config.compile, names)}"
-        )
-
-
-def _compiled(model: nn.Module, config: FinetuneConfig) -> nn.Module:
-    if config.compile == "no":
-        return model
-    compiled: Any = torch.compile(model, backend=config.compile)
-    return compiled  # type: ignore[no-any-return]
 
 
 def _planned_steps(batches: TrainBatches, config: FinetuneConfig) -> tuple[int, int]:

@@ -77,7 +77,8 @@ class Training:
             self.model, self.teacher, self.config, self.accelerator,
         )  # fmt: skip
         if config.channels_last:
-            model.to(memory_format=torch.channels_last)
+            for one in (model, *([] if teacher is None else [teacher])):
+                one.to(memory_format=torch.channels_last)
         with ExitStack() as stack:
             trained = stack.enter_context(self._trained())
             if teacher is not None:
