@@ -77,14 +77,14 @@ class Objective:
                 check_labels(labels, images.new_empty(len(images), self.classes))
             images, mixed = self._mixed(images, targets, self.classes)
             targets = None if targets is None else mixed
-        logits = logits_of(self.student, images)
-        if labels is not None and check:
-            check_labels(labels, logits)
-        teacher_logits = None
+        teacher_logits = None  # asked first, while no activations of the student take up memory
         if self.remembered is not None:
             teacher_logits = self.remembered(loaded)
         elif self.teacher is not None and (uses_teacher or self.matches):
             teacher_logits = self.teacher(images)
+        logits = logits_of(self.student, images)
+        if labels is not None and check:
+            check_labels(labels, logits)
         if uses_teacher and teacher_logits is not None and teacher_logits.shape != logits.shape:
             raise TrainingError(
                 f"The teacher gives {teacher_logits.shape[1]} classes and the model "
