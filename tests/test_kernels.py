@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -137,11 +138,37 @@ def test_gradients_in_double_precision(name, stride, layout):
     assert torch.autograd.gradgradcheck(op, x, fast_mode=True)
 
 
-def test_signed_zeros_are_those_of_the_first_tap():
-    x = torch.where(torch.rand(8, 16, 9, 9) < 0.5, 0.0, -0.0)
+@FAST
+@given(images("extremes"))
+def test_the_usual_window_is_bit_equal_with_and_without_gradients(x):
     with disabled():
         expected = MaxPool(SAME)(x)
-    assert torch.equal(MaxPool(SAME)(x).signbit(), expected.signbit())
+    for made in (MaxPool(SAME)(x), MaxPool(SAME)(x.clone().requires_grad_())):
+        assert torch.equal(made.isnan(), expected.isnan())
+        assert torch.equal(made.nan_to_num(), expected.nan_to_num())
+
+
+@FAST
+@given(images("ties"))
+def test_gradients_of_the_usual_window_are_bit_equal_too(x):
+    weights = torch.randn_like(x)
+    gradients = []
+    for stock in (False, True):
+        leaf = x.detach().clone().requires_grad_()
+        with disabled() if stock else nullcontext():
+            made = MaxPool(SAME)(leaf)
+        gradients.append(torch.autograd.grad(made, leaf, weights)[0])
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("tracked", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_signed_zeros_are_those_of_the_first_tap(layout, tracked):
+    x = torch.where(torch.rand(8, 16, 9, 9) < 0.5, 0.0, -0.0).to(memory_format=layout)
+    with disabled():
+        expected = MaxPool(SAME)(x)
+    made = MaxPool(SAME)(x.requires_grad_(tracked))
+    assert torch.equal(made.signbit(), expected.signbit())
 
 
 def test_training_keeps_one_byte_for_each_output():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from functools import cache, lru_cache
 from importlib import import_module
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,11 +17,30 @@ from pfsurgery.kernels.threads import run, threads
 _STRIP = 6144  # numbers in a strip's ring: they stay in the first-level cache
 _PLANES = 4096  # numbers of the planes that are worked on together
 _ROWS = 16384  # numbers of the rows that are worked on together
+_HELD = 32768  # numbers of a buffer between two passes: they stay in the second-level cache
 _VECTOR = 16  # numbers of a pixel that are worth the processor's vectors
-_LONG = 48  # columns of a plane below which many planes are faster as one vector
 _NARROW = 32  # columns of a plane below which rows are too short to be vectors
 _FIELDS = 14
 _Arguments = ctypes.c_int64 * _FIELDS
+
+
+class _Work(NamedTuple):
+    """What a kernel is called with beside its tensors.
+
+    Attributes:
+        kernel: Address of its code.
+        units: Into how many parts the work is cut, which threads take one by one.
+        images: As `layout.images` counts them.
+        step: Numbers that lie side by side at a pixel.
+        group: What a unit holds of rows, planes, columns or channels; which of these is the
+            kernel's affair.
+    """
+
+    kernel: int
+    units: int
+    images: int
+    step: int
+    group: int
 
 
 def max_pool(x: Tensor, down: Axis, across: Axis) -> Tensor:
@@ -40,15 +60,14 @@ def max_pool_with_names(x: Tensor, down: Axis, across: Axis) -> tuple[Tensor, Te
     """
     x = dense(x)
     last = torch.channels_last
-    if not x.is_contiguous(memory_format=last) and across.outputs < _NARROW:
+    narrow = across.outputs < _NARROW and not x.is_contiguous(memory_format=last)
+    if narrow and not _is_near(x.dtype, down, across):
         out, names = max_pool_with_names(x.contiguous(memory_format=last), down, across)
         return out.contiguous(), names
     out = empty(x, down.outputs, across.outputs)
     names = torch.empty_like(out, dtype=torch.uint8)
-    count, step = images(x)
-    rows = _share(across.outputs * step, down.outputs)
-    units = count * -(-down.outputs // rows)
-    _launch("loops_max", f"picks_{_name(x)}", x, out, names, units, rows, down, across)
+    work = _naming(*images(x), x.dtype, down, across, threads())
+    _launch(work, x, out, names, down, across)
     return out, names
 
 
@@ -60,15 +79,8 @@ def max_pool_gradient(
     layout = torch.channels_last if last else torch.contiguous_format
     gradient = gradient.contiguous(memory_format=layout)
     out = torch.empty(size, dtype=gradient.dtype, memory_format=layout)
-    count, step = images(out)
-    if down.stride == across.stride == 1:
-        group = _share(size[3] * step, count * size[2])
-        units, entry = -(-count * size[2] // group), "gathers"
-    else:
-        group = 16 if last else 1
-        units, entry = count * -(-step // group), "scatters"
-    name = f"{entry}_{_name(gradient)}"
-    _launch("loops_max", name, gradient, out, names, units, group, down, across)
+    work = _asking(*images(out), out.dtype, down, across, threads())
+    _launch(work, gradient, out, names, down, across)
     return out.contiguous() if plain else out
 
 
@@ -79,66 +91,99 @@ def shift(x: Tensor, groups: tuple[Group, ...]) -> Tensor:
     out = empty(x, down.outputs, across.outputs)
     count, step = images(x)
     units = count if step == 1 else count * down.outputs
-    table = _table(groups)
-    entry = f"moves_{x.element_size()}"
-    _launch("loops_move", entry, x, out, table, units, len(groups), down, across)
+    kernel = compiled("loops_move", f"moves_{x.element_size()}")
+    work = _Work(kernel, units, count, step, len(groups))
+    _launch(work, x, out, _table(groups), down, across)
     return out
 
 
 def _separable(kind: str, x: Tensor, down: Axis, across: Axis) -> Tensor:
     x = dense(x)
     out = empty(x, down.outputs, across.outputs)
-    count, step = images(x)
-    if _is_near(down) and _is_near(across) and _pays(kind, x, step):
-        form = "near"
-        shares = -(-4 * threads() // max(1, count))
-        group = 2 * -(-down.size // (2 * shares))
-        units = count * -(-down.size // group)
-    elif step == 1 and x.shape == out.shape and down.stride == across.stride == 1:
-        form = "planes"
-        group = max(1, min(_PLANES // (down.size * across.size), count // threads()))
-        units = -(-count // group)
-    else:
-        form = "strips"
-        most = max(1, count * across.outputs // (4 * threads()))
-        group = min(across.outputs, most, max(1, _STRIP // (down.span * step)))
-        units = count * -(-across.outputs // group)
-    module = "loops_near" if form == "near" else "loops"
-    _launch(module, f"{kind}_{form}_{_name(x)}", x, out, None, units, group, down, across)
+    work = _mixing(kind, *images(x), x.dtype, down, across, threads())
+    _launch(work, x, out, None, down, across)
     return out
 
 
-def _is_near(axis: Axis) -> bool:
-    """Whether the windows are three taps at stride 1, one of padding on each side."""
-    same = axis.size == axis.outputs
-    return same and (axis.kernel_size, axis.stride, axis.dilation, axis.padding) == (3, 1, 1, 1)
+@lru_cache(maxsize=1024)
+def _mixing(
+    kind: str, count: int, step: int, dtype: torch.dtype, down: Axis, across: Axis, workers: int
+) -> _Work:
+    """Maxima or sums: which loops, and how the work is cut."""
+    near = _is_near(dtype, down, across)
+    same = down.size == down.outputs and across.size == across.outputs
+    module = "loops"
+    if near and step >= _VECTOR:
+        module, form = "loops_near", "near"
+        shares = -(-4 * workers // max(1, count))
+        group = 2 * -(-down.size // (2 * shares))
+        units = count * -(-down.size // group)
+    elif near:
+        module, form = "loops_flat", "flat"
+        group = _share(across.size * step, count * down.size, _HELD, workers)
+        units = -(-count * down.size // group)
+    elif step == 1 and same and down.stride == across.stride == 1:
+        form = "planes"
+        group = max(1, min(_PLANES // (down.size * across.size), count // workers))
+        units = -(-count // group)
+    else:
+        form = "strips"
+        most = max(1, count * across.outputs // (4 * workers))
+        group = min(across.outputs, most, max(1, _STRIP // (down.span * step)))
+        units = count * -(-across.outputs // group)
+    kernel = compiled(module, f"{kind}_{form}_{_name(dtype)}")
+    return _Work(kernel, units, count, step, group)
 
 
-def _pays(kind: str, x: Tensor, step: int) -> bool:
-    """Whether rows are long enough to go over two at a time; of sums, those of pixels alone."""
-    long = step >= _VECTOR or (kind == "max" and x.shape[3] >= _LONG)
-    return x.dtype == torch.float32 and long
+@lru_cache(maxsize=1024)
+def _naming(
+    count: int, step: int, dtype: torch.dtype, down: Axis, across: Axis, workers: int
+) -> _Work:
+    """Maxima with the taps that they came from."""
+    if _is_near(dtype, down, across):
+        group = _share(across.size * step, count * down.size, _HELD, workers)
+        kernel = compiled("loops_flat", f"picks_flat_{_name(dtype)}")
+        return _Work(kernel, -(-count * down.size // group), count, step, group)
+    group = _share(across.outputs * step, down.outputs, _ROWS, workers)
+    kernel = compiled("loops_max", f"picks_{_name(dtype)}")
+    return _Work(kernel, count * -(-down.outputs // group), count, step, group)
+
+
+@lru_cache(maxsize=1024)
+def _asking(
+    count: int, step: int, dtype: torch.dtype, down: Axis, across: Axis, workers: int
+) -> _Work:
+    """The gradient of maxima, by the names of their taps."""
+    if down.stride == across.stride == 1:
+        near = _is_near(dtype, down, across)
+        module, entry = ("loops_flat", "gathers_flat") if near else ("loops_max", "gathers")
+        group = _share(across.size * step, count * down.size, _ROWS, workers)
+        kernel = compiled(module, f"{entry}_{_name(dtype)}")
+        return _Work(kernel, -(-count * down.size // group), count, step, group)
+    group = 1 if step == 1 else 16
+    kernel = compiled("loops_max", f"scatters_{_name(dtype)}")
+    return _Work(kernel, count * -(-step // group), count, step, group)
+
+
+def _is_near(dtype: torch.dtype, down: Axis, across: Axis) -> bool:
+    """Whether windows are 3x3 at stride 1 with one of padding, which have loops of their own."""
+    return dtype == torch.float32 and all(
+        axis.size == axis.outputs
+        and (axis.kernel_size, axis.stride, axis.dilation, axis.padding) == (3, 1, 1, 1)
+        for axis in (down, across)
+    )
 
 
 def _launch(
-    module: str,
-    entry: str,
-    source: Tensor,
-    target: Tensor,
-    third: Tensor | None,
-    units: int,
-    group: int,
-    down: Axis,
-    across: Axis,
+    work: _Work, source: Tensor, target: Tensor, third: Tensor | None, down: Axis, across: Axis
 ) -> None:
-    count, step = images(source)
     arguments = _Arguments(
-        *(0, units, source.data_ptr(), target.data_ptr()),
-        *(0 if third is None else third.data_ptr(), count, step),
+        *(0, work.units, source.data_ptr(), target.data_ptr()),
+        *(0 if third is None else third.data_ptr(), work.images, work.step),
         *(down.size, across.size, down.outputs, across.outputs),
-        *(group, down.address, across.address),
+        *(work.group, down.address, across.address),
     )
-    run(compiled(module, entry), ctypes.addressof(arguments), min(threads(), units))
+    run(work.kernel, ctypes.addressof(arguments), min(threads(), work.units))
 
 
 @cache
@@ -157,10 +202,11 @@ def _table(groups: tuple[Group, ...]) -> Tensor:
     return torch.tensor([[end, down.address, across.address] for end, down, across in groups])
 
 
-def _share(width: int, rows: int) -> int:
-    """Rows of `width` numbers for one unit: enough to be worth it, few enough to be shared."""
-    return max(1, min(_ROWS // max(1, width), -(-rows // threads())))
+def _share(width: int, rows: int, numbers: int, workers: int) -> int:
+    """Rows of `width` numbers for one unit: about `numbers`, in units that threads share evenly."""
+    each = max(1, -(-rows * width // (numbers * workers)))
+    return max(1, -(-rows // (each * workers)))
 
 
-def _name(x: Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -42,6 +42,7 @@ from pfsurgery.kernels.vectors import (
     LANES,
     SIZE,
     VECTOR,
+    any_lane,
     at,
     first_lanes,
     load,
@@ -49,8 +50,6 @@ from pfsurgery.kernels.vectors import (
     splat,
     store,
 )
-
-_BITS = ir.IntType(LANES)
 
 
 def _two_rows(maximum: bool) -> Any:
@@ -122,8 +121,7 @@ def _two_rows(maximum: bool) -> Any:
             rest = builder.sub(length, done)
             with builder.if_then(builder.icmp_signed(">", rest, ir.Constant(INTEGER, 0))):
                 step(builder.mul(done, ir.Constant(INTEGER, SIZE)), first_lanes(builder, rest))
-            bits = builder.bitcast(builder.load(found), _BITS)
-            return builder.zext(builder.icmp_unsigned("!=", bits, ir.Constant(_BITS, 0)), INTEGER)
+            return any_lane(builder, builder.load(found))
 
         return types.int64(*[types.int64] * 10), generate
 

@@ -20,10 +20,11 @@ elif _FEATURES.get("avx2"):
 else:
     LANES, VECTORS = 4, 4
 
-INTEGER, INDEX, FLOAT = ir.IntType(64), ir.IntType(32), ir.FloatType()
+INTEGER, INDEX, FLOAT, BYTE = ir.IntType(64), ir.IntType(32), ir.FloatType(), ir.IntType(8)
 VECTOR = ir.VectorType(FLOAT, LANES)
 SIZE = 4  # bytes of a number
 _MASK = ir.VectorType(ir.IntType(1), LANES)
+_BYTES = ir.VectorType(BYTE, LANES)
 
 
 def at(builder: Any, address: Any, offset: int, kind: Any) -> Any:
@@ -47,30 +48,65 @@ def first_lanes(builder: Any, count: Any) -> Any:
     return builder.icmp_signed("<", lanes, splat(builder, count, kind))
 
 
-def load(builder: Any, address: Any, offset: int = 0, mask: Any = None) -> Any:
-    """The vector `offset` bytes behind an address; lanes that are not in the mask are 0."""
-    place = at(builder, address, offset, VECTOR)
+def any_lane(builder: Any, mask: Any) -> Any:
+    """1 if a lane is in the mask, else 0."""
+    bits = ir.IntType(LANES)
+    some = builder.icmp_unsigned("!=", builder.bitcast(mask, bits), ir.Constant(bits, 0))
+    return builder.zext(some, INTEGER)
+
+
+def load(
+    builder: Any,
+    address: Any,
+    offset: int = 0,
+    mask: Any = None,
+    *,
+    kind: Any = VECTOR,
+    rest: float | None = None,
+) -> Any:
+    """The vector `offset` bytes behind an address; lanes out of the mask are `rest`, or 0."""
+    place, size = at(builder, address, offset, kind), _size(kind)
     if mask is None:
-        return builder.load(place, align=SIZE)
-    name, arguments = f"llvm.masked.load.v{LANES}f32", [VECTOR.as_pointer(), INDEX, _MASK, VECTOR]
-    zero = ir.Constant(VECTOR, [0.0] * LANES)
-    return _call(builder, name, VECTOR, arguments, [place, ir.Constant(INDEX, SIZE), mask, zero])
+        return builder.load(place, align=size)
+    other = ir.Constant(kind, None if rest is None else [rest] * LANES)
+    arguments = [kind.as_pointer(), INDEX, _MASK, kind]
+    values = [place, ir.Constant(INDEX, size), mask, other]
+    return _call(builder, f"llvm.masked.load.{_suffix(kind)}", kind, arguments, values)
 
 
 def store(builder: Any, value: Any, address: Any, offset: int = 0, mask: Any = None) -> None:
     """Write a vector, or its lanes in the mask."""
-    place = at(builder, address, offset, VECTOR)
+    kind = value.type
+    place, size = at(builder, address, offset, kind), _size(kind)
     if mask is None:
-        builder.store(value, place, align=SIZE)
+        builder.store(value, place, align=size)
         return
-    name, arguments = f"llvm.masked.store.v{LANES}f32", [VECTOR, VECTOR.as_pointer(), INDEX, _MASK]
-    values = [value, place, ir.Constant(INDEX, SIZE), mask]
-    _call(builder, name, ir.VoidType(), arguments, values)
+    arguments = [kind, kind.as_pointer(), INDEX, _MASK]
+    values = [value, place, ir.Constant(INDEX, size), mask]
+    _call(builder, f"llvm.masked.store.{_suffix(kind)}", ir.VoidType(), arguments, values)
+
+
+def load_bytes(builder: Any, address: Any, kind: Any, mask: Any = None) -> Any:
+    """Bytes at an address as a vector of larger integers."""
+    return builder.zext(load(builder, address, 0, mask, kind=_BYTES), kind)
+
+
+def store_bytes(builder: Any, value: Any, address: Any, mask: Any = None) -> None:
+    """Write the low byte of each lane."""
+    store(builder, builder.trunc(value, _BYTES), address, 0, mask)
 
 
 def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
     """`a * b + c`, rounded once."""
     return _call(builder, f"llvm.fma.v{LANES}f32", VECTOR, [VECTOR] * 3, [a, b, c])
+
+
+def _size(kind: Any) -> int:
+    return SIZE if kind.element == FLOAT else int(kind.element.width) // 8
+
+
+def _suffix(kind: Any) -> str:
+    return f"v{LANES}" + ("f32" if kind.element == FLOAT else f"i{kind.element.width}")
 
 
 def _call(builder: Any, name: str, result: Any, kinds: list[Any], values: list[Any]) -> Any:
