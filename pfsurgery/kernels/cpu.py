@@ -90,8 +90,12 @@ def shift(x: Tensor, groups: tuple[Group, ...]) -> Tensor:
     _, down, across = groups[0]
     out = empty(x, down.outputs, across.outputs)
     count, step = images(x)
-    units = count if step == 1 else count * down.outputs
-    kernel = compiled("loops_move", f"moves_{x.element_size()}")
+    same = down.size == down.outputs and across.size == across.outputs
+    if step == 1 and x.element_size() == 4 and same and down.stride == across.stride == 1:
+        kernel, units = compiled("loops_flat", "moves_flat_4"), len(x) * len(groups)
+    else:
+        kernel = compiled("loops_move", f"moves_{x.element_size()}")
+        units = count if step == 1 else count * down.outputs
     work = _Work(kernel, units, count, step, len(groups))
     _launch(work, x, out, _table(groups), down, across)
     return out

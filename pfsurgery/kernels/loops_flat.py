@@ -27,6 +27,7 @@ from pfsurgery.kernels.loops_base import (
     IMAGES,
     MOST,
     NAME,
+    PADDING,
     POSITIONS,
     ROWS,
     SOURCE,
@@ -316,6 +317,47 @@ def _asked(
     return types.int64(*[types.int64] * 8), generate
 
 
+@intrinsic
+def _moved(
+    typing_context: Any,
+    source: Any,
+    target: Any,
+    length: Any,
+    down: Any,
+    across: Any,
+    width: Any,
+    plane: Any,
+) -> Any:
+    """Planes whose pixels are copied from `down` rows and `across` columns away, or are 0."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        source, target, length, down, across, width, plane = args
+        zero = ir.Constant(INTEGER, 0)
+        column, columns, next_column = _places(builder, zero, width)
+        pixel, pixels, next_pixel = _places(builder, zero, plane)
+        rows_away = builder.mul(down, width)
+        first = builder.add(source, _bytes(builder, builder.add(rows_away, across)))
+        aside = splat(builder, builder.trunc(across, _PLACE), _PLACES)
+        below = splat(builder, builder.trunc(rows_away, _PLACE), _PLACES)
+
+        def inside(place: Any, away: Any, most: Any) -> Any:
+            """As unsigned numbers, places before the first are beyond the last."""
+            return builder.icmp_unsigned("<", builder.add(builder.load(place), away), most)
+
+        def step(done: Any, mask: Any) -> None:
+            exists = builder.and_(inside(column, aside, columns), inside(pixel, below, pixels))
+            offset = _bytes(builder, done)
+            value = load(builder, builder.add(first, offset), 0, _both(builder, exists, mask))
+            store(builder, value, builder.add(target, offset), 0, mask)
+            _move(builder, column, columns, next_column)
+            _move(builder, pixel, pixels, next_pixel)
+
+        _for_vectors(builder, length, step)
+        return zero
+
+    return types.int64(*[types.int64] * 7), generate
+
+
 @njit
 def weights_at(axis_at, output, weights):
     """The weights of an output's taps before it, at it and behind it."""
@@ -419,6 +461,28 @@ def flat_gathers(data):
         # fmt: on
 
 
+@njit
+def flat_moves(data):
+    """A shift of planes of four-byte numbers: a unit is the channels of one group in one image.
+
+    NAME has, for each of the GROUP groups, its last channel and the axes of its one tap.
+    """
+    p = line(data, ARGUMENTS, np.int64)
+    groups, plane = p[GROUP], p[ROWS] * p[COLUMNS]
+    table = line(p[NAME], 3 * groups, np.int64)
+    channels = table[3 * groups - 3]
+    while True:
+        unit = take(data)
+        if unit >= p[UNITS]:
+            return
+        image, group = unit // groups, unit % groups
+        begin = table[3 * group - 3] if group else 0
+        down = -integer(table[3 * group + 1], PADDING)
+        across = -integer(table[3 * group + 2], PADDING)
+        at, length = (image * channels + begin) * plane * SIZE, (table[3 * group] - begin) * plane
+        _moved(p[SOURCE] + at, p[TARGET] + at, length, down, across, p[COLUMNS], plane)
+
+
 def max_flat_float32(data):
     flat(None, address(data))
 
@@ -433,3 +497,7 @@ def picks_flat_float32(data):
 
 def gathers_flat_float32(data):
     flat_gathers(address(data))
+
+
+def moves_flat_4(data):
+    flat_moves(address(data))
