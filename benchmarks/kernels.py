@@ -140,7 +140,7 @@ def draw(rows: list[dict[str, object]], path: Path) -> None:
         axes.set_title(layout)
         axes.grid(axis="y", alpha=0.3)
     figure.axes[0].set_ylabel("time / time of x.clone()")
-    figure.axes[1].legend(fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
     figure.savefig(path, dpi=120)
 
 
