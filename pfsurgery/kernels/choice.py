@@ -86,11 +86,11 @@ def _why_unfit(x: Tensor) -> str | None:
         return f"the input has {x.ndim} dimensions, not 4"
     if x.numel() < _SMALL:
         return f"the input has less than {_SMALL} numbers"
-    if x.device.type == "cpu":
+    if x.is_cpu:
         if x.dtype not in (torch.float32, torch.float64):
             return f"no CPU kernel computes in {str(x.dtype).removeprefix('torch.')}"
         return _why_missing("numba")
-    if x.device.type == "cuda":
+    if x.is_cuda:
         if not x.is_floating_point():
             return f"no GPU kernel computes in {str(x.dtype).removeprefix('torch.')}"
         return _why_missing("triton")

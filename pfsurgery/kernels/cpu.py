@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+from array import array
 from functools import cache, lru_cache
 from importlib import import_module
 from typing import NamedTuple
@@ -20,8 +20,6 @@ _ROWS = 16384  # numbers of the rows that are worked on together
 _HELD = 32768  # numbers of a buffer between two passes: they stay in the second-level cache
 _VECTOR = 16  # numbers of a pixel that are worth the processor's vectors
 _NARROW = 32  # columns of a plane below which rows are too short to be vectors
-_FIELDS = 14
-_Arguments = ctypes.c_int64 * _FIELDS
 
 
 class _Work(NamedTuple):
@@ -181,13 +179,13 @@ def _is_near(dtype: torch.dtype, down: Axis, across: Axis) -> bool:
 def _launch(
     work: _Work, source: Tensor, target: Tensor, third: Tensor | None, down: Axis, across: Axis
 ) -> None:
-    arguments = _Arguments(
-        *(0, work.units, source.data_ptr(), target.data_ptr()),
-        *(0 if third is None else third.data_ptr(), work.images, work.step),
-        *(down.size, across.size, down.outputs, across.outputs),
-        *(work.group, down.address, across.address),
-    )
-    run(work.kernel, ctypes.addressof(arguments), min(threads(), work.units))
+    arguments = array("q", (
+        0, work.units, source.data_ptr(), target.data_ptr(),
+        0 if third is None else third.data_ptr(), work.images, work.step,
+        down.size, across.size, down.outputs, across.outputs,
+        work.group, down.address, across.address,
+    ))  # fmt: skip
+    run(work.kernel, arguments.buffer_info()[0], min(threads(), work.units))
 
 
 @cache
