@@ -19,6 +19,7 @@ _PLANES = 4096  # numbers of the planes that are worked on together
 _ROWS = 16384  # numbers of the rows that are worked on together
 _HELD = 32768  # numbers of a buffer between two passes: they stay in the second-level cache
 _VECTOR = 16  # numbers of a pixel that are worth the processor's vectors
+_MOST = 1 << 30  # numbers of an image whose places are counted in 32 bits
 _NARROW = 32  # columns of a plane below which rows are too short to be vectors
 
 
@@ -58,13 +59,14 @@ def max_pool_with_names(x: Tensor, down: Axis, across: Axis) -> tuple[Tensor, Te
     """
     x = dense(x)
     last = torch.channels_last
+    count, step = images(x)
     narrow = across.outputs < _NARROW and not x.is_contiguous(memory_format=last)
-    if narrow and not _is_near(x.dtype, down, across):
+    if narrow and not _is_near(x.dtype, step, down, across):
         out, names = max_pool_with_names(x.contiguous(memory_format=last), down, across)
         return out.contiguous(), names
     out = empty(x, down.outputs, across.outputs)
     names = torch.empty_like(out, dtype=torch.uint8)
-    work = _naming(*images(x), x.dtype, down, across, threads())
+    work = _naming(count, step, x.dtype, down, across, threads())
     _launch(work, x, out, names, down, across)
     return out, names
 
@@ -89,7 +91,8 @@ def shift(x: Tensor, groups: tuple[Group, ...]) -> Tensor:
     out = empty(x, down.outputs, across.outputs)
     count, step = images(x)
     same = down.size == down.outputs and across.size == across.outputs
-    if step == 1 and x.element_size() == 4 and same and down.stride == across.stride == 1:
+    fits = x.element_size() == 4 and down.size * across.size < _MOST
+    if step == 1 and fits and same and down.stride == across.stride == 1:
         kernel, units = compiled("loops_flat", "moves_flat_4"), len(x) * len(groups)
     else:
         kernel = compiled("loops_move", f"moves_{x.element_size()}")
@@ -112,7 +115,7 @@ def _mixing(
     kind: str, count: int, step: int, dtype: torch.dtype, down: Axis, across: Axis, workers: int
 ) -> _Work:
     """Maxima or sums: which loops, and how the work is cut."""
-    near = _is_near(dtype, down, across)
+    near = _is_near(dtype, step, down, across)
     same = down.size == down.outputs and across.size == across.outputs
     module = "loops"
     if near and step >= _VECTOR:
@@ -142,7 +145,7 @@ def _naming(
     count: int, step: int, dtype: torch.dtype, down: Axis, across: Axis, workers: int
 ) -> _Work:
     """Maxima with the taps that they came from."""
-    if _is_near(dtype, down, across):
+    if _is_near(dtype, step, down, across):
         group = _share(across.size * step, count * down.size, _HELD, workers)
         kernel = compiled("loops_flat", f"picks_flat_{_name(dtype)}")
         return _Work(kernel, -(-count * down.size // group), count, step, group)
@@ -157,7 +160,7 @@ def _asking(
 ) -> _Work:
     """The gradient of maxima, by the names of their taps."""
     if down.stride == across.stride == 1:
-        near = _is_near(dtype, down, across)
+        near = _is_near(dtype, step, down, across)
         module, entry = ("loops_flat", "gathers_flat") if near else ("loops_max", "gathers")
         group = _share(across.size * step, count * down.size, _ROWS, workers)
         kernel = compiled(module, f"{entry}_{_name(dtype)}")
@@ -167,12 +170,17 @@ def _asking(
     return _Work(kernel, count * -(-step // group), count, step, group)
 
 
-def _is_near(dtype: torch.dtype, down: Axis, across: Axis) -> bool:
+def _is_near(dtype: torch.dtype, step: int, down: Axis, across: Axis) -> bool:
     """Whether windows are 3x3 at stride 1 with one of padding, which have loops of their own."""
-    return dtype == torch.float32 and all(
-        axis.size == axis.outputs
-        and (axis.kernel_size, axis.stride, axis.dilation, axis.padding) == (3, 1, 1, 1)
-        for axis in (down, across)
+    small = down.size * across.size * step < _MOST
+    return (
+        small
+        and dtype == torch.float32
+        and all(
+            axis.size == axis.outputs
+            and (axis.kernel_size, axis.stride, axis.dilation, axis.padding) == (3, 1, 1, 1)
+            for axis in (down, across)
+        )
     )
 
 
