@@ -195,24 +195,6 @@ def gather_row(dtype, gradient, names, name, length, target):
 
 
 @njit
-def gather_three(dtype, gradient, names, name, pitch, length, target):
-    """`gather_row` of three windows side by side, whose taps `name` + 2, + 1 and + 0 are meant."""
-    size = line(gradient, 1, dtype).itemsize
-    a, b = line(gradient, length, dtype), line(gradient + pitch * size, length, dtype)
-    c, out = line(gradient + 2 * pitch * size, length, dtype), line(target, length, dtype)
-    a_name, b_name = line(names, length, np.uint8), line(names + pitch, length, np.uint8)
-    c_name = line(names + 2 * pitch, length, np.uint8)
-    third, second, first = np.uint8(name + 2), np.uint8(name + 1), np.uint8(name)
-    zero = dtype(0)
-    for i in range(length):
-        x, y, z = a[i], b[i], c[i]
-        x = x if a_name[i] == third else zero
-        y = y if b_name[i] == second else zero
-        z = z if c_name[i] == first else zero
-        out[i] = ((out[i] + x) + y) + z
-
-
-@njit
 def gathers(dtype, data):
     """Gradient of a max-pool with stride 1: each pixel asks the windows that could have taken it.
 
@@ -236,34 +218,7 @@ def gathers(dtype, data):
                     continue
                 outputs = (image * p[TARGET_ROWS] + o) * p[TARGET_COLUMNS]
                 tap = i * sideways[KERNEL]
-                width = p[TARGET_COLUMNS]
-                left = sideways[PADDING]
-                if sideways[KERNEL] == 3 and sideways[DILATION] == left == 1 and columns > 2:
-                    pitch, inner = step, (columns - 2) * step
-                    read = outputs * step
-                    for x in (0, columns - 1):
-                        for j in range(2, -1, -1):
-                            if 0 <= x + 1 - j < width:
-                                near = read + (x + 1 - j) * step
-                                here = target + x * step * size
-                                gather_row(
-                                    dtype,
-                                    p[SOURCE] + near * size,
-                                    p[NAME] + near,
-                                    tap + j,
-                                    step,
-                                    here,
-                                )
-                    gather_three(
-                        dtype,
-                        p[SOURCE] + read * size,
-                        p[NAME] + read,
-                        tap,
-                        pitch,
-                        inner,
-                        target + step * size,
-                    )
-                    continue
+                width, left = p[TARGET_COLUMNS], sideways[PADDING]
                 for j in range(sideways[KERNEL] - 1, -1, -1):
                     shift = j * sideways[DILATION] - left
                     begin = max(0, shift)

@@ -8,6 +8,7 @@ one behind it. So rows shorter than a vector cost no more than long ones, in eit
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -40,22 +41,33 @@ def _constant(value: int) -> Any:
     return ir.Constant(_PLACES, [value] * LANES)
 
 
-def _places(builder: Any, start: Any, period: Any) -> tuple[Any, Any, Any]:
-    """A vector of places within the period, in memory; the period; how far a vector moves them."""
-    period = builder.trunc(period, _PLACE)
-    begin = splat(builder, builder.trunc(start, _PLACE), _PLACES)
-    lanes = ir.Constant(_PLACES, list(range(LANES)))
-    periods = splat(builder, period, _PLACES)
-    place = cgutils.alloca_once_value(builder, builder.urem(builder.add(begin, lanes), periods))
-    move = splat(builder, builder.urem(ir.Constant(_PLACE, LANES), period), _PLACES)
-    return place, periods, move
+class _Places:
+    """Where the numbers of a vector are within their period; a loop moves them on."""
 
+    def __init__(self, builder: Any, start: Any, period: Any) -> None:
+        period = builder.trunc(period, _PLACE)
+        lanes = ir.Constant(_PLACES, list(range(LANES)))
+        begin = builder.add(splat(builder, builder.trunc(start, _PLACE), _PLACES), lanes)
+        self._builder = builder
+        self._period = splat(builder, period, _PLACES)
+        self._step = splat(builder, builder.urem(ir.Constant(_PLACE, LANES), period), _PLACES)
+        self._here = cgutils.alloca_once_value(builder, builder.urem(begin, self._period))
 
-def _move(builder: Any, place: Any, periods: Any, move: Any) -> None:
-    """The next places: beyond the period, the smaller one of unsigned numbers is a period less."""
-    moved = builder.add(builder.load(place), move)
-    back = builder.sub(moved, periods)
-    builder.store(builder.select(builder.icmp_unsigned("<", moved, back), moved, back), place)
+    def inside(self, away: Any, mask: Any) -> Any:
+        """Lanes of the mask for which the place `away` numbers further is in the same period."""
+        builder = self._builder
+        there = splat(builder, builder.trunc(away, _PLACE), _PLACES)
+        there = builder.add(builder.load(self._here), there)
+        # as unsigned numbers, places before the first are beyond the last
+        return _both(builder, builder.icmp_unsigned("<", there, self._period), mask)
+
+    def move(self) -> None:
+        """To the next vector: beyond the period, the smaller unsigned number is a period less."""
+        builder = self._builder
+        moved = builder.add(builder.load(self._here), self._step)
+        back = builder.sub(moved, self._period)
+        smaller = builder.icmp_unsigned("<", moved, back)
+        builder.store(builder.select(smaller, moved, back), self._here)
 
 
 def _for_vectors(builder: Any, length: Any, step: Any) -> None:
@@ -102,10 +114,7 @@ def _along(maximum: bool) -> Any:
             source, target, length, start, pitch, period, weights = args
             zero = ir.Constant(VECTOR, [0.0] * LANES)
             found = cgutils.alloca_once_value(builder, builder.fcmp_ordered("<", zero, zero))
-            place, periods, move = _places(builder, start, period)
-            narrow = splat(builder, builder.trunc(pitch, _PLACE), _PLACES)
-            low, high = narrow, builder.sub(periods, narrow)
-            reach = _bytes(builder, pitch)
+            places, reach = _Places(builder, start, period), _bytes(builder, pitch)
             first, inner, last = (
                 [
                     splat(builder, builder.load(at(builder, weights, i * SIZE, FLOAT)))
@@ -119,9 +128,8 @@ def _along(maximum: bool) -> Any:
                 return builder.select(builder.fcmp_ordered(">", new, old), new, old)
 
             def step(done: Any, mask: Any) -> None:
-                here = builder.load(place)
-                before = _both(builder, builder.icmp_signed(">=", here, low), mask)
-                behind = _both(builder, builder.icmp_signed("<", here, high), mask)
+                before = places.inside(builder.neg(pitch), mask)
+                behind = places.inside(pitch, mask)
                 offset = _bytes(builder, done)
                 at_middle = builder.add(source, offset)
                 middle = load(builder, at_middle, 0, mask)
@@ -141,7 +149,7 @@ def _along(maximum: bool) -> Any:
                         builder, right, builder.select(before, inner[2], first[2]), made
                     )
                 store(builder, made, builder.add(target, offset), 0, mask)
-                _move(builder, place, periods, move)
+                places.move()
 
             _for_vectors(builder, length, step)
             return any_lane(builder, builder.load(found))
@@ -175,10 +183,7 @@ def _naming(inner: bool) -> Any:
     ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             source, names, target, target_names, length, start, pitch, period = args
-            place, periods, move = _places(builder, start, period)
-            narrow = splat(builder, builder.trunc(pitch, _PLACE), _PLACES)
-            low, high = narrow, builder.sub(periods, narrow)
-            reach = _bytes(builder, pitch)
+            places, reach = _Places(builder, start, period), _bytes(builder, pitch)
             scale = 3 if inner else 1
 
             def better(old: Any, new: Any) -> Any:
@@ -190,9 +195,8 @@ def _naming(inner: bool) -> Any:
                 return builder.add(own, load_bytes(builder, address, _PLACES)) if inner else own
 
             def step(done: Any, mask: Any) -> None:
-                here = builder.load(place)
-                before = _both(builder, builder.icmp_signed(">=", here, low), mask)
-                behind = _both(builder, builder.icmp_signed("<", here, high), mask)
+                before = places.inside(builder.neg(pitch), mask)
+                behind = places.inside(pitch, mask)
                 offset = _bytes(builder, done)
                 middle, middle_name = builder.add(source, offset), builder.add(names, done)
                 a = load(builder, builder.sub(middle, reach), 0, before)
@@ -210,7 +214,7 @@ def _naming(inner: bool) -> Any:
                 tap = builder.select(third, name(2, builder.add(middle_name, pitch)), tap)
                 store(builder, best, builder.add(target, offset), 0, mask)
                 store_bytes(builder, tap, builder.add(target_names, done), mask)
-                _move(builder, place, periods, move)
+                places.move()
 
             _for_vectors(builder, length, step)
             return ir.Constant(INTEGER, 0)
@@ -243,50 +247,40 @@ def asked(
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         gradient, names, target, begin, end, total, step, pitch = args
-        zero = ir.Constant(VECTOR, [0.0] * LANES)
-        first = ir.Constant(INTEGER, 0)
-        margin = builder.add(step, pitch)
-        lanes = ir.Constant(ir.VectorType(INTEGER, LANES), list(range(LANES)))
+        wide = ir.VectorType(INTEGER, LANES)
+        lanes, most = ir.Constant(wide, list(range(LANES))), splat(builder, total, wide)
 
         def add(done: Any, mask: Any, checked: bool) -> None:
             here = builder.add(begin, done)
-            out = zero
+            out = ir.Constant(VECTOR, [0.0] * LANES)
             for i in (2, 1, 0):  # windows in their order, so that sums have that of ATen's
                 for j in (2, 1, 0):
                     away = builder.add(
                         builder.mul(pitch, ir.Constant(INTEGER, 1 - i)),
                         builder.mul(step, ir.Constant(INTEGER, 1 - j)),
                     )
-                    window = builder.add(here, away)
-                    exists = mask
+                    window, exists = builder.add(here, away), mask
                     if checked:
-                        every = builder.add(
-                            splat(builder, window, ir.VectorType(INTEGER, LANES)), lanes
-                        )
-                        most = splat(builder, total, ir.VectorType(INTEGER, LANES))
+                        every = builder.add(splat(builder, window, wide), lanes)
                         # as unsigned numbers, those before the first are beyond the last
                         exists = _both(builder, builder.icmp_unsigned("<", every, most), mask)
-                    named = load_bytes(builder, builder.add(names, window), _PLACES, exists)
-                    chosen = builder.icmp_signed("==", named, _constant(3 * i + j))
+                    tap = load_bytes(builder, builder.add(names, window), _PLACES, exists)
+                    chosen = builder.icmp_signed("==", tap, _constant(3 * i + j))
                     chosen = _both(builder, chosen, exists)
                     value = load(builder, builder.add(gradient, _bytes(builder, window)), 0, exists)
                     out = builder.select(chosen, builder.fadd(out, value), out)
             store(builder, out, builder.add(target, _bytes(builder, here)), 0, mask)
 
+        length, margin = builder.sub(end, begin), builder.add(step, pitch)
         inside = builder.and_(
             builder.icmp_signed(">=", begin, margin),
             builder.icmp_signed("<=", builder.add(end, margin), total),
         )
-        with builder.if_else(inside) as (then, otherwise):
-            with then:
-                _for_vectors(
-                    builder, builder.sub(end, begin), lambda done, mask: add(done, mask, False)
-                )
-            with otherwise:
-                _for_vectors(
-                    builder, builder.sub(end, begin), lambda done, mask: add(done, mask, True)
-                )
-        return first
+        with builder.if_else(inside) as branches:
+            for branch, checked in zip(branches, (False, True), strict=True):
+                with branch:
+                    _for_vectors(builder, length, partial(add, checked=checked))
+        return ir.Constant(INTEGER, 0)
 
     return types.int64(*[types.int64] * 8), generate
 
@@ -307,24 +301,17 @@ def moved(
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         source, target, length, down, across, width, plane = args
         zero = ir.Constant(INTEGER, 0)
-        column, columns, next_column = _places(builder, zero, width)
-        pixel, pixels, next_pixel = _places(builder, zero, plane)
+        columns, pixels = _Places(builder, zero, width), _Places(builder, zero, plane)
         rows_away = builder.mul(down, width)
         first = builder.add(source, _bytes(builder, builder.add(rows_away, across)))
-        aside = splat(builder, builder.trunc(across, _PLACE), _PLACES)
-        below = splat(builder, builder.trunc(rows_away, _PLACE), _PLACES)
-
-        def inside(place: Any, away: Any, most: Any) -> Any:
-            """As unsigned numbers, places before the first are beyond the last."""
-            return builder.icmp_unsigned("<", builder.add(builder.load(place), away), most)
 
         def step(done: Any, mask: Any) -> None:
-            exists = builder.and_(inside(column, aside, columns), inside(pixel, below, pixels))
+            exists = columns.inside(across, pixels.inside(rows_away, mask))
             offset = _bytes(builder, done)
-            value = load(builder, builder.add(first, offset), 0, _both(builder, exists, mask))
+            value = load(builder, builder.add(first, offset), 0, exists)
             store(builder, value, builder.add(target, offset), 0, mask)
-            _move(builder, column, columns, next_column)
-            _move(builder, pixel, pixels, next_pixel)
+            columns.move()
+            pixels.move()
 
         _for_vectors(builder, length, step)
         return zero

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 import torch
 from torch import nn
@@ -28,5 +28,4 @@ def compiled(model: nn.Module, config: FinetuneConfig) -> nn.Module:
     """The model as its steps call it."""
     if config.compile == "no":
         return model
-    made: Any = torch.compile(model, backend=config.compile)
-    return made  # type: ignore[no-any-return]
+    return cast(nn.Module, torch.compile(model, backend=config.compile))

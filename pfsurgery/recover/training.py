@@ -77,8 +77,9 @@ class Training:
             self.model, self.teacher, self.config, self.accelerator,
         )  # fmt: skip
         if config.channels_last:
-            for one in (model, *([] if teacher is None else [teacher])):
-                one.to(memory_format=torch.channels_last)
+            model.to(memory_format=torch.channels_last)
+            if teacher is not None:
+                teacher.to(memory_format=torch.channels_last)
         with ExitStack() as stack:
             trained = stack.enter_context(self._trained())
             if teacher is not None:
