@@ -16,7 +16,7 @@ from rich.text import Text
 
 PICTURE = Path(__file__).parent / "images" / "plan.svg"
 COMMAND = ("pfsurgery", "plan", "--model", "resnet50", "--policy", "eff_hybrid")
-WIDTH = 138
+WIDTH = 108
 # The font that Rich asks for lies elsewhere: nothing is fetched, any monospaced one will do.
 _FETCHED = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)
 

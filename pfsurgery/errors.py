@@ -55,8 +55,16 @@ class MissingExtraError(SurgeryError):
     """An optional library is not installed."""
 
 
-class NoEffectWarning(UserWarning):
+class SurgeryWarning(UserWarning):
+    """Base of all warnings that pfsurgery gives."""
+
+
+class NoEffectWarning(SurgeryWarning):
     """A conversion changed nothing."""
+
+
+class SlowWarning(SurgeryWarning):
+    """What was asked for is slow on this machine."""
 
 
 def closest(name: str, known: Iterable[str], most: int = 5) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from io import StringIO
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
 from rich.table import Table
 
@@ -35,24 +36,55 @@ def amount(number: float) -> str:
     return f"{number:g}"
 
 
+def titled(title: str, note: str | None = None, *, totals: bool = False) -> Table:
+    """An empty table with few lines, so that much fits on a narrow terminal.
+
+    Args:
+        title: What stands above it.
+        note: What stands below it.
+        totals: Whether its last row holds totals, the footers of the columns.
+    """
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        caption=note,
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+        show_footer=totals,
+    )
+
+
+def add_whole(table: Table, header: str, total: str = "") -> None:
+    """A column of names, which are never broken: a reader can copy them."""
+    table.add_column(header, total, no_wrap=True, overflow="fold")
+
+
+def add_numbers(table: Table, header: str, total: str = "") -> None:
+    """A column of numbers with their units."""
+    table.add_column(header, total, justify="right", no_wrap=True)
+
+
 def site_table(sites: Iterable[Site]) -> Table:
     """One row a site: what it is and what stands around it."""
-    table = Table(title="Sites", title_justify="left")
-    for column in ("site", "kind", "geometry", "input", "stage", "calls"):
-        right = column in ("stage", "calls")
-        table.add_column(column, justify="right" if right else "left", overflow="fold")
-    table.add_column("MACs", justify="right")
+    table = titled("Sites")
+    for column in ("site", "kind"):
+        add_whole(table, column)
+    table.add_column("geometry", overflow="fold", min_width=9)
+    for column in ("input", "stage", "MACs"):
+        add_numbers(table, column)
     table.add_column("notes", overflow="fold")
     for site in sites:
-        around = site.neighbours
+        after = site.neighbours.pointwise_after
         notes = [
             "stem" if site.stem else "",
             "output" if site.output else "",
+            f"called {site.calls} times" if site.calls > 1 else "",
             site.blocked or "",
             "between pointwise" if site.bottleneck else "",
-            f"before {around.pointwise_after}"
-            if around.pointwise_after and not site.bottleneck
-            else "",
+            f"before {_as_seen_from(site.name, after)}" if after and not site.bottleneck else "",
         ]
         table.add_row(
             site.name,
@@ -60,27 +92,31 @@ def site_table(sites: Iterable[Site]) -> Table:
             str(site.geometry),
             "x".join(map(str, site.input_shape[-3:])),
             str(site.stage),
-            str(site.calls),
             amount(site.macs),
             "; ".join(note for note in notes if note),
         )
     return table
 
 
+def _as_seen_from(name: str, text: str) -> str:
+    """`text` with the modules beside the one called `name` told by their own names alone."""
+    parent = name.rpartition(".")[0]
+    return text.replace(f"{parent}.", "") if parent else text
+
+
 def plan_table(plan: Plan) -> Table:
     """One row a site: what it becomes, why, and what that saves."""
-    table = Table(
-        title=f"Plan of policy {plan.policy}: {len(plan.replaced)} of {len(plan)} sites change",
-        title_justify="left",
-        show_footer=True,
+    table = titled(
+        f"Plan of policy {plan.policy}: {len(plan.replaced)} of {len(plan)} sites change",
+        totals=True,
     )
     parameters = sum(d.parameters_saved for d in plan)
     macs = sum(d.macs_saved for d in plan)
-    table.add_column("site", "total", overflow="fold")
+    add_whole(table, "site", "total")
     for column in ("kind", "geometry", "becomes"):
         table.add_column(column, overflow="fold")
-    table.add_column("params saved", amount(parameters), justify="right")
-    table.add_column("MACs saved", amount(macs), justify="right")
+    add_numbers(table, "params\nsaved", amount(parameters))
+    add_numbers(table, "MACs\nsaved", amount(macs))
     table.add_column("reason", overflow="fold")
     for d in plan:
         dropped = " (tail dropped)" if d.tail == "drop" and d.replaced else ""
@@ -91,7 +127,7 @@ def plan_table(plan: Plan) -> Table:
             f"{d.label}{dropped}",
             amount(d.parameters_saved) if d.replaced else "-",
             amount(d.macs_saved) if d.replaced else "-",
-            d.reason,
+            _as_seen_from(d.site.name, d.reason),
             style=None if d.replaced else "dim",
         )
     return table
@@ -102,21 +138,17 @@ def fit_table(plan: Plan) -> Table:
     fitted = [(d, d.structure) for d in plan if d.structure is not None]
     before = sum(d.site.macs for d, _ in fitted)
     after = before - sum(d.macs_saved for d, _ in fitted)
-    table = Table(
-        title=f"Policy {plan.policy}: {len(fitted)} of {len(plan)} sites fitted",
-        title_justify="left",
-        caption=_ERROR,
-        caption_justify="left",
-        show_footer=True,
+    table = titled(
+        f"Policy {plan.policy}: {len(fitted)} of {len(plan)} sites fitted", _ERROR, totals=True
     )
-    table.add_column("site", "total", overflow="fold")
+    add_whole(table, "site", "total")
     table.add_column("channels")
     table.add_column("form")
     for column in ("reduce", "columns", "waist"):
-        table.add_column(column, justify="right")
-    table.add_column("MACs before", amount(before), justify="right")
-    table.add_column("after", amount(after), justify="right")
-    table.add_column("relative error", justify="right")
+        add_numbers(table, column)
+    add_numbers(table, "MACs\nbefore", amount(before))
+    add_numbers(table, "after", amount(after))
+    add_numbers(table, "error")
     for d, structure in fitted:
         geometry = d.site.geometry
         table.add_row(
@@ -137,18 +169,12 @@ def refit_table(refits: Iterable[Refit]) -> Table:
     """One row a site: the layer that was solved again, and its error before and after."""
     refits = tuple(refits)
     done = [refit for refit in refits if refit.layer is not None]
-    table = Table(
-        title=f"Refitted layers: {len(done)} of {len(refits)}",
-        title_justify="left",
-        caption=_ERROR,
-        caption_justify="left",
-        show_footer=True,
-    )
-    table.add_column("site", "total", overflow="fold")
+    table = titled(f"Refitted layers: {len(done)} of {len(refits)}", _ERROR, totals=True)
+    add_whole(table, "site", "total")
     table.add_column("layer", overflow="fold")
-    table.add_column("error before", justify="right")
-    table.add_column("after", justify="right")
-    table.add_column("seconds", f"{sum(refit.seconds for refit in done):.1f}", justify="right")
+    add_numbers(table, "error\nbefore")
+    add_numbers(table, "after")
+    add_numbers(table, "seconds", f"{sum(refit.seconds for refit in done):.1f}")
     for refit in refits:
         if refit.layer is None:
             table.add_row(refit.site, f"none: {refit.reason}", "-", "-", "-", style="dim")
@@ -160,10 +186,10 @@ def refit_table(refits: Iterable[Refit]) -> Table:
 
 def step_table(steps: Iterable[Step]) -> Table:
     """One row a step of the main job: accuracy after it, and what it took."""
-    table = Table(title="Accuracy after each step", title_justify="left")
+    table = titled("Accuracy after each step")
     table.add_column("step")
     for column in ("top-1", "of the original", "loss", "seconds"):
-        table.add_column(column, justify="right")
+        add_numbers(table, column)
     steps = tuple(steps)
     for step in steps:
         difference = step.accuracy.top1 - steps[0].accuracy.top1

@@ -38,9 +38,9 @@ def width_of(figure: Path) -> int:
 
 @pytest.fixture
 def cli(monkeypatch, capsys):
-    def run(*args: object) -> Result:
+    def run(*args: object, columns: int = 200) -> Result:
         monkeypatch.setattr(sys, "argv", ["pfsurgery", *map(str, args)])
-        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setenv("COLUMNS", str(columns))
         code = 0
         try:
             main()
@@ -87,6 +87,15 @@ def test_scan_and_plan(cli, tmp_path):
     assert "excluded" in result.out
     again = cli("plan", *SMALL, "-p", out, "--json")
     assert json.loads(again.out) == json.loads(out.read_text())
+
+
+def test_names_are_whole_on_a_narrow_terminal(cli):
+    model = ("--model", "mobilenetv2_050")
+    names = [site["name"] for site in json.loads(cli("scan", *model, "--json").out)]
+    for command in (("scan",), ("plan", "-p", "maxpool_depthwise")):
+        table = cli(*command, *model, columns=80).out
+        assert set(names) <= set(table.split()), command
+        assert max(map(len, table.splitlines())) <= 80
 
 
 def test_attention_is_scanned_and_converted(cli, tmp_path):

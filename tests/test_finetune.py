@@ -5,10 +5,12 @@ import importlib.util
 import json
 import math
 import os
+import platform
 import random
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from pfsurgery.data import digits
-from pfsurgery.errors import DataError, SurgeryError, TrainingError, UnknownNameError
+from pfsurgery.errors import DataError, SlowWarning, SurgeryError, TrainingError, UnknownNameError
 from pfsurgery.recover import FinetuneConfig, evaluate, finetune
 from pfsurgery.recover.distill import kd_loss, recovery_loss
 from pfsurgery.recover.state import write_weights
@@ -253,6 +255,20 @@ def test_the_optimiser_blowing_up_is_noticed(model, data):
     with pytest.raises(TrainingError, match=r"step [123] of 3"):
         finetune(model, train=few(data.train), config=config)
     assert same(before, model.state_dict())
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="knows of x86 what is slow there")
+def test_bfloat16_that_is_slow_here_is_told(model, data):
+    config = FinetuneConfig(batch_size=32, max_steps=1, mixed_precision="bf16")
+    slow = not torch.accelerator.is_available() and not torch.cpu._is_avx512_supported()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        finetune(model, train=few(data.train), config=config)
+    about_precision = [w for w in told if issubclass(w.category, SlowWarning)]
+    assert bool(about_precision) == slow
+    for warning in about_precision:
+        assert "bfloat16" in str(warning.message)
+        assert warning.filename == __file__
 
 
 def test_bf16_and_channels_last(model, data):

@@ -22,8 +22,9 @@ from pfsurgery.cli.recover import recover
 from pfsurgery.cli.report import report
 from pfsurgery.cli.scan import scan
 from pfsurgery.cli.search import search
+from pfsurgery.cli.show import is_first_process
 from pfsurgery.cli.study import app as study
-from pfsurgery.errors import NoEffectWarning, SurgeryError
+from pfsurgery.errors import SurgeryError, SurgeryWarning
 from pfsurgery.recover.stop import StoppedError
 
 app = typer.Typer(
@@ -59,7 +60,7 @@ def main() -> None:
 
 
 def _show_warning(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
-    if issubclass(category, NoEffectWarning):
+    if issubclass(category, SurgeryWarning) and is_first_process():
         Console(stderr=True, soft_wrap=True).print(f"[yellow]Note:[/] {_escaped(str(message))}")
 
 

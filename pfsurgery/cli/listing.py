@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from rich.table import Table
-
 from pfsurgery.cli import options
 from pfsurgery.ops import get_op, list_ops
 from pfsurgery.policy import get_policy, list_policies
+from pfsurgery.tables import add_whole, titled
 
 
 def ops(json: options.Json = False) -> None:
@@ -26,7 +25,9 @@ def policies(json: options.Json = False) -> None:
 
 
 def _list(what: str, summaries: dict[str, str], json: bool) -> None:
-    table = Table(what, "what it does")
+    table = titled("")
+    add_whole(table, what)
+    table.add_column("what it does")
     for name, summary in summaries.items():
         table.add_row(name, summary)
     options.emit(table, json, summaries)

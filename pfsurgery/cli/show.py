@@ -50,8 +50,7 @@ def report(result: Report, out: Path, as_json: bool) -> None:
         typer.echo(json.dumps(result.to_dict(), indent=2))
         return
     console = Console()
-    console.print(result.comparison)
-    console.print(result)
+    console.print(result.comparison, "", result, sep="\n")
     if result.given_back:
         console.print(f"Given back to keep the accuracy: {', '.join(result.given_back)}")
     console.print(

@@ -40,19 +40,18 @@ def _digits(value: float) -> str:
 
 def rich_table(title: str, columns: Sequence[str], rows: Sequence[Row], notes: list[str]) -> Group:
     """A table with one line a quantity, and notes under it."""
-    from rich.box import SIMPLE_HEAD
     from rich.console import Group
-    from rich.padding import Padding
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    from pfsurgery.tables import add_numbers, titled
+
+    table = titled(title)
     table.add_column("")
     for column in columns:
-        table.add_column(column, justify="right")
+        add_numbers(table, column)
     for row in rows:
         table.add_row(row.label, *row.cells)
-    return Group(table, *(Padding(Text(note), (0, 0, 0, 2)) for note in notes))
+    return Group(table, "", *map(Text, notes))
 
 
 def text(content: Group) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from pfsurgery.batches import Images, report_skipped, skipped_images
-from pfsurgery.errors import TrainingError
+from pfsurgery.errors import SlowWarning, TrainingError
 from pfsurgery.recover import snapshot
 from pfsurgery.recover.compilation import check_backend
 from pfsurgery.recover.config import FinetuneConfig, FinetuneResult
@@ -141,6 +142,13 @@ def check_run(
     check_backend(config)
     check_sharding(config)
     check_tracker(config)
+    if config.mixed_precision == "bf16" and not _computes_in_bfloat16():
+        warnings.warn(
+            "This processor has no bfloat16 arithmetic: mixed_precision='bf16' trains many times "
+            "slower than 'no'.",
+            SlowWarning,
+            stacklevel=3,
+        )
     for name in ("match_weight", "stage_weight", "ramp", "max_drop"):
         if getattr(config, name) and teacher is None:
             raise TrainingError(f"{name} needs a teacher: the model as it was before.")
@@ -160,6 +168,11 @@ def check_run(
             f"--resume (resume=True in Python), or remove {folder / snapshot.FOLDER}, or choose "
             f"another folder."
         )
+
+
+def _computes_in_bfloat16() -> bool:
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return torch.accelerator.is_available() or supported is None or supported()
 
 
 @contextmanager

@@ -138,15 +138,14 @@ class LayerResult:
 
     def __rich__(self) -> Table:
         """The result as a Rich table."""
-        from rich.table import Table
-
         from pfsurgery.measure.table import quantity
+        from pfsurgery.tables import add_numbers, titled
 
-        table = Table(title="What takes the place of the 3x3", title_justify="left")
+        table = titled("What takes the place of the 3x3")
         for column in ("place", "op"):
             table.add_column(column)
         for column in ("top-1 %", "+-", "params", "MACs", "ms, 32 images"):
-            table.add_column(column, justify="right")
+            add_numbers(table, column)
         for row in self.rows:
             table.add_row(
                 row.place,

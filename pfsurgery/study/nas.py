@@ -168,26 +168,28 @@ class NasResult:
     def __rich__(self) -> Group:
         """What was chosen, cell by cell and by depth, and how good it is."""
         from rich.console import Group
-        from rich.table import Table
 
         from pfsurgery.measure.table import quantity
+        from pfsurgery.tables import add_numbers, titled
 
-        cells = Table(title="What each bottleneck chose", title_justify="left")
-        for column in ("cell", "kind", "chosen", *self.candidates):
-            cells.add_column(column, justify="right" if column in self.candidates else "left")
+        cells = titled("What each bottleneck chose")
+        for column in ("cell", "kind", "chosen"):
+            cells.add_column(column)
+        for op in self.candidates:
+            add_numbers(cells, op)
         for cell in self.cells:
             shares = (f"{cell.weights[op]:.3f}" for op in self.candidates)
             cells.add_row(str(cell.cell), cell.kind, cell.chosen, *shares)
-        depths = Table(title="How often, by depth", title_justify="left")
+        depths = titled("How often, by depth")
         depths.add_column("")
         for op in self.candidates:
-            depths.add_column(op, justify="right")
+            add_numbers(depths, op)
         for part, counted in self.counts().items():
             depths.add_row(part, *(str(counted[op]) for op in self.candidates))
-        networks = Table(title="Trained from scratch", title_justify="left")
+        networks = titled("Trained from scratch")
         networks.add_column("network")
         for column in ("top-1 %", "params", "MACs", "ms, 32 images"):
-            networks.add_column(column, justify="right")
+            add_numbers(networks, column)
         for made in (self.found, *self.baselines):
             networks.add_row(
                 made.name,
@@ -196,7 +198,7 @@ class NasResult:
                 quantity(made.macs, "MACs"),
                 f"{made.ms:.2f}",
             )
-        return Group(cells, depths, networks)
+        return Group(cells, "", depths, "", networks)
 
 
 def nas_study(

@@ -108,15 +108,13 @@ class Robustness:
 
     def __rich__(self) -> Table:
         """One row a corruption or attack and its strength."""
-        from rich.table import Table
+        from pfsurgery.tables import add_numbers, titled
 
-        table = Table(
-            title=f"Top-1 on {self.setting['images']:,} images, in percent", title_justify="left"
-        )
+        table = titled(f"Top-1 on {self.setting['images']:,} images, in percent")
         table.add_column("images")
         table.add_column("strength")
         for column in (*MODELS, "difference"):
-            table.add_column(column, justify="right")
+            add_numbers(table, column)
 
         def row(name: str, strength: str, top1: Mapping[str, float], last: bool) -> None:
             before, after = (top1[model] for model in MODELS)

@@ -165,6 +165,8 @@ def measured(
         _meet()  # all processes have read the same, before one of them adds to it
     known = {(row.site, row.op) for row in rows}
     left = [site for site in choices.sites if not _labels(choices, site) <= known]
+    changes = sum(len(_labels(choices, site) - known) for site in left)
+    tell(f"{changes} changes of {len(left)} sites to measure, one after the other")
     judge, seen = judge_of(choices), seen_of(choices)
 
     def measure(network: nn.Module) -> tuple[float, float | None]:

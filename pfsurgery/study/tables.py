@@ -8,16 +8,16 @@ from rich.table import Table
 
 from pfsurgery.study.bench import Found
 from pfsurgery.study.sensitivity import Sensitivity
-from pfsurgery.tables import amount
+from pfsurgery.tables import add_numbers, add_whole, amount, titled
 
 
 def sensitivity_table(rows: Sequence[Sensitivity]) -> Table:
     """One row a site and option, in the order given."""
-    table = Table(title="Each site changed alone, and repaired", title_justify="left")
-    table.add_column("site", overflow="fold")
+    table = titled("Each site changed alone, and repaired")
+    add_whole(table, "site")
     table.add_column("becomes", overflow="fold")
-    for column in ("damage (nats)", "top-1", "MACs saved", "params saved", "ms saved"):
-        table.add_column(column, justify="right")
+    for column in ("damage\n(nats)", "top-1", "MACs\nsaved", "params\nsaved", "ms\nsaved"):
+        add_numbers(table, column)
     for row in rows:
         table.add_row(
             row.site,
@@ -33,10 +33,10 @@ def sensitivity_table(rows: Sequence[Sensitivity]) -> Table:
 
 def found_table(found: Found) -> Table:
     """One row a network of the search, the original first."""
-    table = Table(title=f"Search: {found.plan.policy}", title_justify="left")
+    table = titled(f"Search: {found.plan.policy}")
     table.add_column("network")
     for column in ("damage (nats)", "top-1", "MACs", "params", "ms"):
-        table.add_column(column, justify="right")
+        add_numbers(table, column)
     for point in (found.original, *found.points):
         table.add_row(
             f"{point.name} (chosen)" if point.chosen else point.name,
