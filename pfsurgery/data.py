@@ -1,4 +1,4 @@
-"""Images: the embedded default, and whatever timm's readers can open."""
+"""Loaders of images: of the embedded set, and of whatever timm's readers can open."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from pfsurgery.errors import DataError, needs
-from pfsurgery.images import CheckedImages, open_named, open_reader
+from pfsurgery.digits import ImageSet, digits
+from pfsurgery.errors import DataError
+from pfsurgery.images import CheckedImages, held_out, open_named, open_reader
+from pfsurgery.modules import number_of_classes
 
 _NAMED = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
 _TRAIN_NAMES = ("train", "training")
@@ -43,32 +45,6 @@ LIGHT = Augmentation()
 
 
 @dataclass(frozen=True, slots=True)
-class ImageSet:
-    """A small labelled set of images, held in memory.
-
-    Attributes:
-        train: Pairs of an image (C, H, W), float32 and normalised, and its class index.
-        val: The same, of the held-out images.
-        classes: Name of each class.
-        input_size: (C, H, W) of every image, in pixels.
-        mean: What was subtracted from each channel, where pixels range from 0 to 1.
-        std: What each channel was then divided by.
-    """
-
-    train: TensorDataset
-    val: TensorDataset
-    classes: tuple[str, ...]
-    input_size: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.classes)
-
-
-@dataclass(frozen=True, slots=True)
 class OpenedData:
     """Loaders of (images, labels): (N, C, H, W) float32, normalised, and (N,) class indices.
 
@@ -83,34 +59,6 @@ class OpenedData:
     val: DataLoader[Any]
     classes: tuple[str, ...]
     input_size: tuple[int, int, int]
-
-
-def digits() -> ImageSet:
-    """scikit-learn's 1,797 handwritten digits, enlarged from 8x8 to 32x32 pixels and made RGB.
-
-    The split is always the same: every fourth image of each class is held out (445 of 1,797).
-    Nothing is downloaded.
-
-    Raises:
-        MissingExtraError: scikit-learn is not installed.
-    """
-    with needs("demo", "The set of digits"):
-        from sklearn.datasets import load_digits
-    pixels, target = load_digits(return_X_y=True)
-    labels = torch.as_tensor(target, dtype=torch.int64)
-    small = torch.as_tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16
-    large = nn.functional.interpolate(small, size=(32, 32), mode="bilinear", align_corners=False)
-    train, val = _split(labels.tolist(), every=4)
-    mean, std = float(large[train].mean()), float(large[train].std())
-    images = ((large - mean) / std).expand(-1, 3, -1, -1).contiguous()
-    return ImageSet(
-        train=TensorDataset(images[train], labels[train]),
-        val=TensorDataset(images[val], labels[val]),
-        classes=tuple(str(digit) for digit in range(10)),
-        input_size=(3, 32, 32),
-        mean=(mean,) * 3,
-        std=(std,) * 3,
-    )
 
 
 def open_data(
@@ -210,8 +158,8 @@ def open_part(
         return in_batches(part, batch_size, training=training)
     config = _data_config(model)
     if _is_named(source):
-        train, val = open_named(str(source), config["input_size"], None)
-        named = train if training_part else val
+        size = config["input_size"]
+        named = open_named(str(source), size, None, training=training_part)
         if labelled:
             _check_class_count(source, len(_class_names(named)), config["num_classes"])
         if mixed:
@@ -249,16 +197,6 @@ def in_any_order(images: Dataset[Any]) -> Dataset[Any]:
     return Subset(images, order)
 
 
-def _split(labels: Sequence[int], every: int) -> tuple[list[int], list[int]]:
-    """Indices for training and held out: of each class, every `every`th is held out."""
-    seen: dict[int, int] = {}
-    parts: tuple[list[int], list[int]] = ([], [])
-    for index, label in enumerate(labels):
-        seen[label] = seen.get(label, 0) + 1
-        parts[seen[label] % every == 0].append(index)
-    return parts
-
-
 def _is_named(source: str | Path) -> bool:
     return str(source).lower().startswith(_NAMED)
 
@@ -269,11 +207,7 @@ def _data_config(model: nn.Module | Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(model, nn.Module):
         config: dict[str, Any] = resolve_data_config(dict(model) or {"in_chans": 3})
         return {**config, "num_classes": model.get("num_classes")}
-    classes = getattr(model, "num_classes", None)
-    if classes is None:
-        linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        classes = linear[-1].out_features if linear else None
-    return {**resolve_model_data_config(model), "num_classes": classes}
+    return {**resolve_model_data_config(model), "num_classes": number_of_classes(model)}
 
 
 def _part(folder: Path, names: Sequence[str]) -> Path | None:
@@ -297,7 +231,8 @@ def _open_parts(
 ) -> tuple[Dataset[Any], Dataset[Any]]:
     size = config["input_size"]
     if _is_named(source):
-        return open_named(str(source), size, root)
+        train, val = (open_named(str(source), size, root, training=part) for part in (True, False))
+        return train, val
     train_path, val_path = _existing(source, _TRAIN_NAMES), _existing(source, _VAL_NAMES)
     path = Path(source).expanduser()
     if val_path != path and train_path == path:
@@ -309,13 +244,13 @@ def _open_parts(
     train = open_reader(train_path, size, training=True, labelled=labelled or not apart)
     if apart:
         return train, open_reader(val_path, size, training=False)
-    kept, held_out = _split(train.labels, every=_HELD_OUT_EVERY)
-    if not held_out:
+    kept, apart_from_these = held_out(train.labels, every=_HELD_OUT_EVERY)
+    if not apart_from_these:
         raise DataError(
             f"No class in {train_path} has {_HELD_OUT_EVERY} images, too few to hold some out for "
             f"validation; add a validation part next to it (a folder val or a file val.tar)."
         )
-    return train.subset(kept, training=True), train.subset(held_out, training=False)
+    return train.subset(kept, training=True), train.subset(apart_from_these, training=False)
 
 
 def _class_names(dataset: Dataset[Any]) -> tuple[str, ...]:

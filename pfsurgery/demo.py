@@ -11,7 +11,7 @@ from torch import nn
 
 from pfsurgery.base import Base, set_base
 from pfsurgery.convert import plan
-from pfsurgery.data import ImageSet, digits
+from pfsurgery.digits import ImageSet, digits
 from pfsurgery.example import set_image_config
 from pfsurgery.job import Report, run_job
 from pfsurgery.policy import DataPolicy, PolicyLike, Tell

@@ -19,6 +19,7 @@ _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _ALLOWED_SHARE = 0.01
 _ALLOWED_LEAST = 3
 _UNREADABLE = (OSError, ValueError, SyntaxError, struct.error)
+_NOT_OPENED = (ImportError, OSError, RuntimeError, ValueError, LookupError, AssertionError)
 
 
 class CheckedImages(Dataset[tuple[Any, int]]):
@@ -197,19 +198,31 @@ def open_reader(
     )
 
 
+def held_out(labels: Sequence[int], every: int) -> tuple[list[int], list[int]]:
+    """Indices for training and held out: of each class, every `every`th is held out."""
+    seen: dict[int, int] = {}
+    parts: tuple[list[int], list[int]] = ([], [])
+    for index, label in enumerate(labels):
+        seen[label] = seen.get(label, 0) + 1
+        parts[seen[label] % every == 0].append(index)
+    return parts
+
+
 def open_named(
-    name: str, input_size: Sequence[int], root: str | Path | None
-) -> tuple[Dataset[Any], Dataset[Any]]:
-    """Training and validation part of a data set that timm opens by name, such as `torch/cifar10`.
+    name: str, input_size: Sequence[int], root: str | Path | None, *, training: bool
+) -> Dataset[Any]:
+    """One part of a data set that timm opens by name, such as `torch/cifar10`.
 
     Args:
         name: timm's name; after `wds/` the folder of the shards.
         input_size: (C, H, W); the channels decide the colour mode.
         root: Where the data set lies or is downloaded to; by default the cache of its library.
+        training: Whether the training part is wanted, or the validation part.
 
     Raises:
         DataError: timm cannot open it.
     """
+    from timm.data import create_dataset
     from torch.hub import get_dir
 
     prefix, _, rest = name.partition("/")
@@ -220,43 +233,34 @@ def open_named(
     elif prefix == "torch" and folder is None:
         folder = str(Path(get_dir()).parent / "datasets")
 
-    def part(splits: Sequence[str], *, training: bool) -> Dataset[Any]:
-        from timm.data import create_dataset
-
-        failure: Exception | None = None
-        download = {"download": True} if prefix in ("torch", "tfds", "hfids") else {}
-        for split in splits:
-            try:
-                dataset: Any = create_dataset(
-                    name,
-                    root=folder,
-                    split=split,
-                    is_training=training,
-                    batch_size=1,
-                    input_img_mode=_mode(input_size),
-                    **download,
-                )
-            except (ImportError, OSError, RuntimeError, ValueError, LookupError) as error:
-                failure = failure or error
-            except AssertionError as error:
-                failure = failure or error
-            else:
-                return _checked(dataset, name, _mode(input_size), training=training)
-        hint = {
-            "hfds": "pip install datasets",
-            "hfids": "pip install datasets",
-            "tfds": "pip install tensorflow-datasets",
-            "wds": "pip install webdataset",
-        }.get(prefix, "the name")
-        raise DataError(
-            f"The data set {prefix}/{rest} could not be opened: {failure}. Check {hint}, the "
-            f"splits ({', '.join(splits)}) and the network."
-        ) from failure
-
-    return (
-        part(("train",), training=True),
-        part(("validation", "val", "test"), training=False),
-    )
+    splits = ("train",) if training else ("validation", "val", "test")
+    download = {"download": True} if prefix in ("torch", "tfds", "hfids") else {}
+    failure: Exception | None = None
+    for split in splits:
+        try:
+            dataset: Any = create_dataset(
+                name,
+                root=folder,
+                split=split,
+                is_training=training,
+                batch_size=1,
+                input_img_mode=_mode(input_size),
+                **download,
+            )
+        except _NOT_OPENED as error:
+            failure = failure or error
+        else:
+            return _checked(dataset, name, _mode(input_size), training=training)
+    hint = {
+        "hfds": "pip install datasets",
+        "hfids": "pip install datasets",
+        "tfds": "pip install tensorflow-datasets",
+        "wds": "pip install webdataset",
+    }.get(prefix, "the name")
+    raise DataError(
+        f"The data set {prefix}/{rest} could not be opened: {failure}. Check {hint}, the "
+        f"splits ({', '.join(splits)}) and the network."
+    ) from failure
 
 
 def _checked(dataset: Any, source: str, mode: str, *, training: bool) -> Dataset[Any]:

@@ -54,3 +54,15 @@ def is_watched(module: nn.Module) -> bool:
 def is_pointwise(conv: nn.Conv2d) -> bool:
     """Whether a convolution mixes the channels of single pixels, all with all."""
     return conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+
+
+def number_of_classes(model: nn.Module) -> int | None:
+    """What the model says in `num_classes`, or the width of its last linear layer; None if neither.
+
+    A model without a classifier, where timm says 0, has none.
+    """
+    told = getattr(model, "num_classes", None)
+    if isinstance(told, int):
+        return told or None
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return linear[-1].out_features if linear else None

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import pfsurgery
 from pfsurgery.batches import open_images, skipped_images, unlabelled_images
-from pfsurgery.data import Augmentation, digits, open_data
+from pfsurgery.data import Augmentation, open_data
+from pfsurgery.digits import digits
 from pfsurgery.errors import DataError, MissingExtraError
 from pfsurgery.recover import FinetuneConfig, evaluate
 from pfsurgery.recover.source import opened

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pfsurgery
-from pfsurgery.data import digits
+from pfsurgery.digits import digits
 from pfsurgery.errors import DataError, TrainingError, UnknownNameError
 from pfsurgery.recover import Accuracy, FinetuneConfig, evaluate, finetune
 from pfsurgery.recover.blocks import changed_blocks, changed_parameters

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from pfsurgery.data import digits
+from pfsurgery.digits import digits
 from pfsurgery.errors import DataError, SlowWarning, SurgeryError, TrainingError, UnknownNameError
 from pfsurgery.recover import FinetuneConfig, evaluate, finetune
 from pfsurgery.recover.distill import kd_loss, recovery_loss
@@ -289,7 +289,7 @@ def test_bf16_and_channels_last(model, data):
 
 TWO_PROCESSES = """
 import sys, timm, torch
-from pfsurgery.data import digits
+from pfsurgery.digits import digits
 from pfsurgery.recover import FinetuneConfig, finetune
 torch.manual_seed(0)
 data, model = digits(), timm.create_model("test_convnext", num_classes=10)

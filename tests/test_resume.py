@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pfsurgery
-from pfsurgery.data import digits, open_data
+from pfsurgery.data import open_data
+from pfsurgery.digits import digits
 from pfsurgery.errors import DataError, TrainingError
 from pfsurgery.recover import FinetuneConfig, finetune, snapshot
 

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import pfsurgery
-from pfsurgery.data import digits
+from pfsurgery.digits import digits
 from pfsurgery.errors import DataError, ShapeError, SurgeryError, TrainingError, UnknownNameError
 from pfsurgery.run_folder import read_run
 from pfsurgery.study.attacks import fgsm, pgd

@@ -13,7 +13,7 @@ import timm
 import torch
 
 from pfsurgery import load
-from pfsurgery.data import digits
+from pfsurgery.digits import digits
 from pfsurgery.errors import TrainingError
 from pfsurgery.recover import FinetuneConfig, finetune
 from tests import test_cli
@@ -31,7 +31,7 @@ import timm, torch
 from torch.distributed.tensor import DTensor
 from torch.utils.data import TensorDataset
 import pfsurgery
-from pfsurgery.data import digits
+from pfsurgery.digits import digits
 from pfsurgery.errors import TrainingError
 from pfsurgery.recover import FinetuneConfig, finetune
 

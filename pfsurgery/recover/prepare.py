@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from pfsurgery.errors import DataError, TrainingError
+from pfsurgery.modules import number_of_classes
 from pfsurgery.recover.compilation import compiled
 from pfsurgery.recover.config import FinetuneConfig
 from pfsurgery.recover.epoch import Run
@@ -111,16 +112,13 @@ def _average(model: nn.Module, config: FinetuneConfig, sharding: Any) -> Any:
 
 
 def _classes(model: nn.Module) -> int:
-    number = getattr(model, "num_classes", None)
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    if isinstance(number, int) and number > 0:
-        return number
-    if linear:
-        return linear[-1].out_features
-    raise TrainingError(
-        "mixup and cutmix need the number of classes, which the model does not tell: set "
-        "model.num_classes."
-    )
+    number = number_of_classes(model)
+    if number is None:
+        raise TrainingError(
+            "mixup and cutmix need the number of classes, which the model does not tell: set "
+            "model.num_classes."
+        )
+    return number
 
 
 def _planned_steps(batches: TrainBatches, config: FinetuneConfig) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pfsurgery.data import digits
+from pfsurgery.digits import digits
 
 
 @dataclass(frozen=True, slots=True)
