@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def command_line_page() -> str:
     from pfsurgery.cli import app
 
     lines = ["# Command line", "", _intro()]
-    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
+    for name, command in _commands(get_command(app)):
         about, *examples = re.split(r"\n\s*Example: ", command.help.strip())
         lines += [f"## pfsurgery {name}", "", " ".join(about.split()), ""]
         if examples:
@@ -94,9 +95,18 @@ def command_line_page() -> str:
     return "\n".join(lines)
 
 
+def _commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each command with its name, those of groups behind the group's."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name}", command
+
+
 def _intro() -> str:
     return (
-        "`pfsurgery COMMAND --help` shows the same in a terminal. Commands print JSON with "
+        "`pfsurgery COMMAND --help` shows the same in a terminal. Most commands print JSON with "
         "`--json`. Bad input ends in one message and exit code 2.\n"
     )
 

@@ -33,7 +33,7 @@ class Decision:
             nothing else would mix them. It has parameters.
         tail: What becomes of the norm and the activation behind the site.
         reason: Why.
-        structure: Widths and columns, where `op` is `mixed` or `thin`: a bottleneck fitted to data.
+        structure: Widths and columns, where `op` is `mixed`, `thin` or `bare`: fitted to data.
     """
 
     site: Site

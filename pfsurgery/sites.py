@@ -132,7 +132,7 @@ class AttentionGeometry(Geometry):
         prefix: Tokens in front of the grid: class, distillation and register tokens. All tokens
             where there is no grid.
         block: Which attention of its stage it is, counted from 0; a stage is a run of attentions
-            with the same channels and number of tokens.
+            with the same channels.
         weights: Parameters of the whole module, position tables included.
     """
 
@@ -217,7 +217,7 @@ class Site:
             input positions where it is transposed.
         stage: Index of its resolution stage, 0 for the finest output resolution.
         depth: Where it stands in the network, from 0 up to 1: stage / number of stages, or, where
-            all sites share one resolution, its rank in the order of execution.
+            all sites share one resolution (and for attentions), its rank in the order of execution.
         neighbours: What stands around it.
         stem: It reads the model's input.
         output: It feeds the model's output, with nothing but reshaping between.

@@ -31,7 +31,7 @@ def convert(
     data: Annotated[
         str | None, typer.Option(help="For --policy budget or bare: images, labels are not used.")
     ] = None,
-    number: Annotated[int, typer.Option("--images", help="How many of them.", min=1)] = 2000,
+    number: Annotated[int, typer.Option("--images", help="How many, up to 400 MB.", min=1)] = 2000,
     include: options.Include = None,
     exclude: options.Exclude = None,
     mixing: options.Mixing = "auto",

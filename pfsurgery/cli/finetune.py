@@ -34,7 +34,7 @@ def finetune(
     ] = False,
     number: Annotated[
         int,
-        typer.Option("--images", help="Training images to refit with at first.", min=1),
+        typer.Option("--images", help="Training images to refit with, up to 400 MB.", min=1),
     ] = 1000,
     pretrained: options.Pretrained = True,
     checkpoint: options.Checkpoint = None,

@@ -27,7 +27,8 @@ Model = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="timm name, torchvision/NAME, hf-hub:USER/NAME, or a folder that pfsurgery saved.",
+        help="timm name, torchvision/NAME, a folder that pfsurgery saved, or hf-hub:USER/NAME "
+        "that it pushed.",
     ),
 ]
 Policy = Annotated[
@@ -90,8 +91,8 @@ Top1 = Annotated[
 Data = Annotated[
     str,
     typer.Option(
-        help="Image folder or tar with train and val parts, torch/NAME, hfds/NAME, wds/FOLDER, "
-        "or digits."
+        help="Image folder or tar with train and val parts, torch/NAME, hfds/NAME, tfds/NAME, "
+        "wds/FOLDER, or digits."
     ),
 ]
 

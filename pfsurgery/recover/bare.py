@@ -67,8 +67,9 @@ def _option(site: Site) -> Option | None:
 def bare() -> Bare:
     """A policy that leaves parameter-free operations only, as in the paper's efficient bottleneck.
 
-    Each dense convolution between pointwise layers, and each depthwise one, becomes one operation a
-    channel (a shift, an average or the channel itself), chosen from data. Behind a dense one norm
+    Each dense convolution that keeps its channels and has a pointwise layer behind it, and each
+    depthwise one, becomes one operation a channel (a shift, an average or the channel itself),
+    chosen from data. Behind a dense one norm
     and activation are dropped. The pointwise layer that follows is refitted in closed form. Pass
     the policy to `convert` together with `images`, and `include=` to choose sites.
     """

@@ -53,7 +53,7 @@ class FinetuneConfig:
         norm_images: Training images for re-estimating norm statistics at the end; 0 for none.
         max_drop: Most points of top-1 to lose against the teacher; changed blocks are given back
             until it holds. See `pfsurgery.recover.give_back`.
-        save_every: Steps between checkpoints; by default one at the end of each epoch.
+        save_every: Steps between further checkpoints, besides the one at the end of each epoch.
         keep_last: Number of checkpoints that are kept, besides the best weights.
         on_divergence: What to do when the loss is not finite or explodes: stop, or roll_back to the
             newest checkpoint and go on with half the learning rate.

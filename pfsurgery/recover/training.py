@@ -134,7 +134,7 @@ class Training:
     def train(self, run: Run, stop: StopRequest, progress: bool | None) -> None:
         """Train until the last step, with a checkpoint and an accuracy after each epoch."""
         if self.val is not None and self.teacher is not None and self.at.teacher is None:
-            self.at.teacher = self._accuracy(self.teacher, lambda: None)
+            self.at.teacher = self._accuracy(self.teacher, lambda: self._stop_if_asked(run, stop))
             self.write({"kind": "teacher", "val": asdict(self.at.teacher)})
         if self.config.on_divergence == "roll_back" and self.at.step == 0:
             self.save(run)

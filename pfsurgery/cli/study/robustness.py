@@ -45,7 +45,7 @@ def robustness(
         data,
         out,
         number=number,
-        tell=show.silent if json else show.timed(),
+        tell=show.silent if json else show.line,
     )
     options.emit(result, json, result.to_dict())
     if not json:

@@ -32,7 +32,7 @@ def sensitivity(
     batch: Annotated[int, typer.Option(help="Images of a timed batch.", min=1)] = 8,
     pretrained: options.Pretrained = True,
     checkpoint: options.Checkpoint = None,
-    number: Annotated[int, typer.Option("--images", help="How many to use.", min=1)] = 500,
+    number: Annotated[int, typer.Option("--images", help="How many, up to 400 MB.", min=1)] = 500,
     top1: options.Top1 = False,
     include: options.Include = None,
     exclude: options.Exclude = None,
