@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import multiprocessing
+import os
 import random
 import resource
 import signal
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +215,19 @@ class Broken(TensorDataset):
         return super().__getitem__(index)
 
 
+class Asking:
+    """Validation batches whose first reader is asked to end, as by a cluster."""
+
+    def __init__(self, data: TensorDataset) -> None:
+        self.batches, self.asked = list(DataLoader(data, 16)), False
+
+    def __iter__(self) -> Iterator[Any]:
+        if not self.asked:
+            self.asked = True
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield from self.batches
+
+
 CONFIG = FinetuneConfig(epochs=2, batch_size=16, save_every=2, ema=0.9)
 
 
@@ -241,6 +258,25 @@ def test_any_source_can_be_continued(wrap, tmp_path):
             parameter.zero_()
     result = finetune(model, train=wrap(data), config=CONFIG, out=tmp_path / "run", resume=True)
     assert [entry.step for entry in result.history] == [4, 8]
+    assert all(torch.equal(expected[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_run_ends_while_the_teacher_is_measured(tmp_path):
+    assert threading.current_thread() is threading.main_thread()  # others do not see the signal
+    model, data = small()
+    teacher, out = copy.deepcopy(model), tmp_path / "run"
+    given = {"train": data, "teacher": teacher, "config": CONFIG}
+    whole = finetune(model, val=data, out=tmp_path / "whole", **given)
+    expected = model.state_dict()
+
+    model, _ = small()
+    with pytest.raises(TrainingError, match="--resume"):
+        finetune(model, val=Asking(data), out=out, **given)
+    kept = [path.name for path in (out / "checkpoints").iterdir()]
+    assert kept == ["step-00000000-of-00000008.pt"]
+    result = finetune(model, val=data, out=out, resume=True, **given)
+    assert [entry.loss for entry in result.history] == [entry.loss for entry in whole.history]
+    assert result.teacher == whole.teacher
     assert all(torch.equal(expected[name], value) for name, value in model.state_dict().items())
 
 
