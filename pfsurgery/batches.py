@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from pfsurgery.data import LIGHT, Augmentation, in_any_order, in_batches, open_data, open_part
+from pfsurgery.data import LIGHT, Augmentation, in_any_order, in_batches, open_part
 from pfsurgery.errors import DataError
 from pfsurgery.images import CheckedImages
 
@@ -39,7 +39,7 @@ def open_images(
             batches; a `DataLoader` or any other iterable of batches, which is returned as it is.
         model: As for `open_data`.
         training: Whether the training part is wanted (shuffled) or the validation part. A path
-            without a validation part gives all of its images for validation.
+            without such a part gives all of its images.
         batch_size: Images in a batch, for paths, names and data sets.
         labelled: If not, training images at a path need no class folders.
         augmentation: Of training images, for paths and names.
@@ -48,18 +48,14 @@ def open_images(
         DataError: As for `open_data`; or `source` can be iterated only once, or not at all.
     """
     if isinstance(source, (str, Path)):
-        if training and not labelled:
-            return open_part(
-                source,
-                model,
-                training_part=True,
-                labelled=False,
-                batch_size=batch_size,
-                augmentation=augmentation,
-            )
-        if training:
-            return open_data(source, model, batch_size=batch_size, augmentation=augmentation).train
-        return open_part(source, model, training_part=False, batch_size=batch_size)
+        return open_part(
+            source,
+            model,
+            training_part=training,
+            labelled=labelled or not training,
+            batch_size=batch_size,
+            augmentation=augmentation if training else None,
+        )
     if isinstance(source, Dataset) and not isinstance(source, (DataLoader, IterableDataset)):
         return in_batches(source, batch_size, training=training)
     if not isinstance(source, Iterable):
@@ -177,6 +173,12 @@ def split_batch(batch: object) -> tuple[Tensor, Tensor | None]:
     raise DataError(
         f"A batch must be images of shape (N, C, H, W) or a pair (images, labels), not {found}."
     )
+
+
+def release_workers(loader: object) -> None:
+    """End the worker processes that a loader keeps for its next pass; that starts new ones."""
+    if isinstance(loader, DataLoader):
+        loader._iterator = None
 
 
 def skipped_images(loader: Iterable[Any]) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pfsurgery.base import Base, base_of, set_base
 from pfsurgery.errors import PolicyError, RecordMismatchError, SurgeryError, closest
 from pfsurgery.example import IMAGE_FIELDS, image_config, set_image_config
-from pfsurgery.files import write_atomically
+from pfsurgery.files import write_together
 from pfsurgery.modularise import modularise
 from pfsurgery.record import Record, has_record, record, remember
 from pfsurgery.rewrite import Undo, apply_plan, undo
@@ -74,8 +74,8 @@ def save(model: nn.Module, directory: str | Path, *, base: Base | None = None) -
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(directory / WEIGHTS, weights)
-        write_atomically(directory / CONFIG, json.dumps(config, indent=2).encode())
+        settings = json.dumps(config, indent=2).encode()
+        write_together({directory / WEIGHTS: weights, directory / CONFIG: settings})
     except OSError as error:
         raise SurgeryError(f"{directory} cannot be written: {error.strerror}.") from None
     return directory

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from pfsurgery.digits import ImageSet, digits
 from pfsurgery.errors import DataError
-from pfsurgery.images import CheckedImages, held_out, open_named, open_reader
+from pfsurgery.images import CheckedImages, NamedImages, held_out, open_named, open_reader
 from pfsurgery.modules import number_of_classes
 
 _NAMED = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
@@ -194,6 +194,8 @@ def in_any_order(images: Dataset[Any]) -> Dataset[Any]:
     order: list[int] = torch.randperm(number, generator=torch.Generator().manual_seed(0)).tolist()
     if isinstance(images, CheckedImages):
         return images.subset(order, training=images.training)
+    if isinstance(images, NamedImages):
+        return images.subset(order)
     return Subset(images, order)
 
 
@@ -300,6 +302,7 @@ def _loader(
     from timm.data import create_loader
 
     training, stream = augmentation is not None, isinstance(dataset, IterableDataset)
+    workers = _default_workers() if workers is None else workers
     if training and not stream:
         batch_size = min(batch_size, len(dataset))
     settings = {name: value for name, value in config.items() if name != "num_classes"}
@@ -308,8 +311,9 @@ def _loader(
             dataset,
             batch_size=batch_size,
             is_training=training,
-            num_workers=_default_workers() if workers is None else workers,
-            persistent_workers=not stream,  # workers of a stream begin each epoch from its seed
+            num_workers=workers,
+            # workers of a stream begin each epoch from its seed
+            persistent_workers=workers > 0 and not stream,
             use_prefetcher=False,
             pin_memory=torch.cuda.is_available(),
             **settings,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from pfsurgery.errors import SurgeryError
@@ -18,18 +19,36 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         OSError: It cannot be written; what stood at `path` before is intact.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    write_together({path: content})
+
+
+def write_together(contents: Mapping[Path, bytes]) -> None:
+    """`write_atomically` for files of one folder that belong together.
+
+    All are on the disk before the first takes its place, so that nothing but a kill between two
+    renames can leave an old one beside a new one.
+
+    Raises:
+        OSError: One cannot be written; what stood there before is intact.
+    """
+    ready: dict[Path, Path] = {}
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
+        for path, content in contents.items():
+            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            ready[path] = Path(temporary)
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            ready[path].chmod(0o644)
+        for path, written in ready.items():
+            written.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        for written in ready.values():
+            written.unlink(missing_ok=True)
         raise
-    _flush_folder(path.parent)
+    for folder in {path.parent for path in contents}:
+        _flush_folder(folder)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from pfsurgery.errors import DataError
 
@@ -121,7 +121,7 @@ class CheckedImages(Dataset[tuple[Any, int]]):
             self.reader,
             self.source,
             self.classes,
-            [self.labels[index] for index in indices],
+            [self.labels[index] for index in indices] if self.labels else [],
             self.mode,
             training=training,
             indices=[self.indices[index] for index in indices],
@@ -143,6 +143,35 @@ class CheckedImages(Dataset[tuple[Any, int]]):
                 f"{allowed} are skipped), the last one {self._name(index)}: {error}. Remove or "
                 f"replace the broken files."
             )
+
+
+class NamedImages(Dataset[tuple[Any, int]]):
+    """Images of a torchvision data set, which have the colours that they were stored with.
+
+    Args:
+        dataset: Gives pairs of a Pillow image and its class index.
+        mode: Pillow's colour mode, such as `RGB`.
+        indices: Which of its images to use; all by default.
+    """
+
+    def __init__(self, dataset: Any, mode: str, indices: Sequence[int] | None = None) -> None:
+        self.dataset = dataset
+        self.mode = mode
+        self.indices = range(len(dataset)) if indices is None else indices
+        self.classes = tuple(str(name) for name in getattr(dataset, "classes", ()))
+        self.transform: Callable[[Any], Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, label = self.dataset[self.indices[index]]
+        image = image.convert(self.mode)
+        return (image if self.transform is None else self.transform(image)), label
+
+    def subset(self, indices: Sequence[int]) -> NamedImages:
+        """The same images, only those at `indices`."""
+        return NamedImages(self.dataset, self.mode, [self.indices[index] for index in indices])
 
 
 def open_reader(
@@ -267,8 +296,10 @@ def _checked(dataset: Any, source: str, mode: str, *, training: bool) -> Dataset
     """Map-style readers are watched for unreadable images; other data sets see to it themselves."""
     from timm.data import ImageDataset
 
+    if isinstance(dataset, IterableDataset):
+        return dataset
     if not isinstance(dataset, ImageDataset):
-        return dataset  # type: ignore[no-any-return]
+        return NamedImages(dataset, mode)
     names = getattr(dataset.reader, "class_to_idx", None) or {}
     classes = tuple(str(name) for name in sorted(names, key=lambda name: int(names[name])))
     return CheckedImages(dataset.reader, source, classes, [], mode, training=training)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pfsurgery.batches import first_images, unlabelled_images
+from pfsurgery.batches import first_images, release_workers, unlabelled_images
 from pfsurgery.card import write_card
 from pfsurgery.checkpoint import load, save
 from pfsurgery.convert import convert
@@ -26,7 +26,7 @@ from pfsurgery.files import write_text
 from pfsurgery.measure import Comparison, compare
 from pfsurgery.plan import Plan
 from pfsurgery.policy import DataPolicy, Tell
-from pfsurgery.record import record
+from pfsurgery.record import forget, record, remember
 from pfsurgery.recover import (
     Accuracy,
     FinetuneConfig,
@@ -40,7 +40,8 @@ from pfsurgery.recover import (
 from pfsurgery.recover.evaluate import logits_of
 from pfsurgery.recover.finetune import check_run
 from pfsurgery.recover.processes import first_process_first, training_device
-from pfsurgery.recover.state import placement, writable_folder
+from pfsurgery.recover.state import keep_train_flags, placement, writable_folder
+from pfsurgery.recover.stop import workers_outlive_sigterm
 from pfsurgery.run_folder import MODEL_FOLDER, SETTING, check_same, note_run, write_json
 from pfsurgery.select import Patterns, as_patterns
 
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _CONVERTED_FOLDER = "converted"
+_PLAN = "plan.json"
 _STEPS = "steps.json"
 _NEAR_CHANCE = 1.25
 
@@ -181,7 +183,11 @@ def run_job(
         steps.append(Step(name, evaluate(model if result is None else result, val), seconds))
         return result
 
-    with _moved(original, training_device()):
+    with (
+        workers_outlive_sigterm(train, val),
+        keep_train_flags(original),
+        _moved(original, training_device()),
+    ):
         with first_process_first() as first:
             continued = (folder / _STEPS).exists() and (resume or not first)
             if first:
@@ -190,7 +196,7 @@ def run_job(
                 note_run(folder, "finetune", model=original)
             if continued:
                 tell("taking over what was converted before")
-                fast = load(folder / _CONVERTED_FOLDER, base=copy.deepcopy(original))
+                fast = _converted(folder / _CONVERTED_FOLDER, original)
                 steps += _read_steps(folder)
                 example = first_images(unlabelled_images(train, original), 1)[0][:1]
             else:
@@ -200,7 +206,10 @@ def run_job(
                 _check_original(original, example, steps[0].accuracy)
                 fast = _surgery(original, policy, include, exclude, example, seen, step, tell)
                 save(fast, folder / _CONVERTED_FOLDER)
+                write_text(folder / _CONVERTED_FOLDER / _PLAN, record(fast).plans[-1].to_json())
                 _write_steps(folder, steps)
+        for loader in (train, val):
+            release_workers(loader)  # they hold what this process held when they began
         tell("fine-tuning")
         started = time.perf_counter()
         result = finetune(
@@ -259,6 +268,17 @@ def _begin(folder: Path, asked: Mapping[str, Any], continued: bool) -> None:
         for name in (_STEPS, SETTING):
             (folder / name).unlink(missing_ok=True)
     check_same(folder / SETTING, asked)
+
+
+def _converted(folder: Path, original: nn.Module) -> nn.Module:
+    """What an earlier run converted, with its whole plan: `save` leaves out what was kept."""
+    fast = load(folder, base=copy.deepcopy(original))
+    plan = Plan.from_json((folder / _PLAN).read_text(encoding="utf-8"))
+    plans = (*record(fast).plans[:-1], plan)
+    forget(fast)
+    for each in plans:
+        remember(fast, each)
+    return fast
 
 
 def _write_steps(folder: Path, steps: list[Step]) -> None:
@@ -325,7 +345,7 @@ def _write(folder: Path, model: nn.Module, report: Report, result: FinetuneResul
     write_card(folder / MODEL_FOLDER, report)
     write_text(folder / "report.md", report.to_markdown())
     write_json(folder / "report.json", report.to_dict())
-    write_text(folder / "plan.json", report.plan.to_json())
+    write_text(folder / _PLAN, report.plan.to_json())
     report.comparison.figure(folder / "comparison.png")
     result.figure(folder / "accuracy.png")
     if any(decision.structure for decision in report.plan):

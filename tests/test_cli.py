@@ -98,6 +98,13 @@ def test_names_are_whole_on_a_narrow_terminal(cli):
         assert max(map(len, table.splitlines())) <= 80
 
 
+def test_paths_are_no_markup(cli, tmp_path):
+    out = tmp_path / "[old" / "red]"
+    result = cli("convert", *SMALL, "--no-pretrained", "-p", "maxpool_deep", "--out", out)
+    assert result.code == 0, result.err
+    assert str(out) in result.out
+
+
 def test_attention_is_scanned_and_converted(cli, tmp_path):
     vit = ("--model", "test_vit", "--num-classes", "10", "--model-kwarg", "depth=2")
     sites = json.loads(cli("scan", *vit, "--json").out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict, fields
@@ -230,9 +231,15 @@ def test_a_run_is_continued(cli, folder, tmp_path):
     assert refused.code == 2
     assert "--resume" in refused.err
     before = (out / "steps.json").read_text()
+    plan = json.loads((out / "plan.json").read_text())
+    card = (out / "model" / "README.md").read_text()
     result = cli(*args, "--resume")
     assert result.code == 0, result.err
     assert (out / "steps.json").read_text() == before
+    assert json.loads((out / "plan.json").read_text()) == plan
+    assert "keep" in {decision["op"] for decision in plan["decisions"]}
+    of = r"\d+ of \d+ convolutions"
+    assert re.findall(of, (out / "model" / "README.md").read_text()) == re.findall(of, card) != []
     assert "converted before" in result.out
     changed = cli(*args, "--resume", "--lr", 0.5)
     assert changed.code == 2
@@ -244,6 +251,13 @@ def test_a_run_is_continued(cli, folder, tmp_path):
     assert other.code == 2
     assert "policy (then 'maxpool_deep', now 'shift_all')" in other.err
     assert "maxpool_deep" in json.loads((out / "run.json").read_text())["command"]
+
+
+def test_an_optimiser_with_second_derivatives_is_refused(cli, folder, tmp_path):
+    result = cli(*SHORT, "--data", folder, "--out", tmp_path / "run", "--optimizer", "adahessian")
+    assert result.code == 2
+    assert "second derivatives" in result.err
+    assert len(result.err.strip().splitlines()) == 1
 
 
 def test_what_an_earlier_run_left_is_not_taken_over_by_another(cli, folder, tmp_path):

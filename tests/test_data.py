@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import logging
+import struct
 import sys
 import tarfile
 from collections.abc import Callable
@@ -16,9 +17,10 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import pfsurgery
 from pfsurgery.batches import open_images, skipped_images, unlabelled_images
-from pfsurgery.data import Augmentation, open_data
+from pfsurgery.data import Augmentation, in_any_order, open_data
 from pfsurgery.digits import digits
 from pfsurgery.errors import DataError, MissingExtraError
+from pfsurgery.images import CheckedImages
 from pfsurgery.recover import FinetuneConfig, evaluate
 from pfsurgery.recover.source import opened
 
@@ -344,6 +346,58 @@ def test_the_training_part_of_a_name_is_not_its_validation_part():
     calibration = torch.cat(list(unlabelled_images("digits", model)))
     assert torch.equal(calibration, digits().train.tensors[0])
     assert not any(torch.equal(image, held[0]) for image in calibration)
+
+
+@pytest.mark.parametrize("val", ["held out", None])
+def test_where_validation_images_are_apart_all_others_are_trained_on(tmp_path, model, val):
+    fill(tmp_path / "held out", images=3)
+    source = fill(tmp_path / "all", images=6)
+    given = None if val is None else tmp_path / val
+    train, held_out = opened(source, given, model, FinetuneConfig(), labelled=True)
+    assert len(train.dataset) == 12
+    assert held_out is None or len(held_out.dataset) == 6
+
+
+@pytest.fixture
+def mnist(tmp_path, monkeypatch) -> Path:
+    """Ten images a part in the files of torchvision's MNIST, which are grey."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    raw = tmp_path / "datasets" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, shade in (("train", 100), ("t10k", 200)):
+        images = bytes([shade]) * (10 * 28 * 28)
+        header = struct.pack(">iiii", 2051, 10, 28, 28)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + images)
+        labels = struct.pack(">ii", 2049, 10) + bytes(range(10))
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(labels)
+    return raw
+
+
+@pytest.mark.usefixtures("mnist")
+def test_images_of_a_name_have_the_colours_of_the_model():
+    data = open_data("torch/mnist", {**CONFIG, "num_classes": 10}, workers=0)
+    for loader, shade in ((data.train, 100), (data.val, 200)):
+        images, _ = next(iter(loader))
+        assert images.shape == (10, 3, 32, 32)
+        assert torch.allclose(images[0].mean(), torch.tensor((shade / 255 - 0.5) / 0.5), atol=0.02)
+    mixed = torch.cat(list(unlabelled_images("torch/mnist", CONFIG)))
+    assert mixed.shape == (10, 3, 32, 32)
+
+
+def test_images_without_known_labels_come_in_any_order(tmp_path):
+    """As of readers of hub data sets, which do not tell the labels of all images at once."""
+    from timm.data.readers import create_reader
+
+    reader = create_reader("", root=str(fill(tmp_path, images=4)))
+    images = CheckedImages(reader, "here", ("c0", "c1"), [], "RGB", training=False)
+    mixed = in_any_order(images)
+    assert sorted(label for _, label in mixed) == [0] * 4 + [1] * 4
+    assert [label for _, label in mixed] != [label for _, label in images]
+
+
+def test_one_process_reads_where_there_are_no_workers(tmp_path, model):
+    fill(tmp_path, images=10)
+    assert open_data(tmp_path, model, workers=0).train.persistent_workers is False
 
 
 def test_no_image_of_one_folder_is_trained_on_and_validated_with(tmp_path, model):

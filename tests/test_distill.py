@@ -80,6 +80,27 @@ def test_the_match_is_the_normalised_error_of_block_outputs():
     assert not any(m._forward_hooks for m in fast.modules())
 
 
+def test_blending_does_not_change_what_is_matched():
+    """The ramp runs the teacher's layers on the student's inputs; that is not what they gave."""
+    torch.manual_seed(0)
+    original = timm.create_model("test_efficientnet", num_classes=10)
+    fast = pfsurgery.convert(original, "eff_max", example=IMAGES[:1])
+    paths = [block.output for block in changed_blocks(fast)]
+    assert set(paths) & {name for name, _ in original.named_modules()}
+    wanted: dict[str, Tensor] = {}
+    for path in paths:
+        original.get_submodule(path).register_forward_hook(
+            lambda _, __, out, path=path: wanted.__setitem__(path, out)
+        )
+    ramp = Ramp(fast, original, steps=10)
+    with ramp.blending(), torch.no_grad():
+        ramp.at(3)
+        original(IMAGES)
+        given = dict(wanted)
+        fast.train()(IMAGES)
+    assert all(wanted[path] is given[path] for path in paths)
+
+
 def test_a_model_matches_itself():
     original, fast = pair()
     with match_blocks(fast, fast).watching() as match, torch.no_grad():
@@ -384,6 +405,26 @@ def test_a_run_that_gave_blocks_back_can_be_continued(trained, tmp_path):
         ends.append((result.given_back, result.last, fast.state_dict()))
     assert ends[0][:2] == ends[1][:2]
     assert all(torch.equal(ends[0][2][name], value) for name, value in ends[1][2].items())
+
+
+def test_given_back_blocks_are_in_the_mode_of_the_model(trained):
+    fast = pfsurgery.convert(trained.eval(), "maxpool_all", example=IMAGES[:1])
+    config = FinetuneConfig(max_steps=1, lr=1e-6, max_drop=2.0)
+    result = finetune(fast, train=few(), val=few(128, "val"), teacher=trained, config=config)
+    assert result.given_back
+    assert not any(module.training for module in fast.modules())
+
+
+def test_an_error_while_a_block_is_tried_leaves_the_model_alone(trained):
+    fast = pfsurgery.convert(trained, "maxpool_all", example=IMAGES[:1])
+    before = dict(fast.named_modules())
+
+    def fails() -> Accuracy:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        give_back(fast, trained, fails, now=Accuracy(0.0, 0.0, 0.0, 1), wanted=100.0)
+    assert dict(fast.named_modules()) == before
 
 
 def test_nothing_is_given_back_within_bounds(trained):

@@ -271,6 +271,34 @@ def test_bfloat16_that_is_slow_here_is_told(model, data):
         assert warning.filename == __file__
 
 
+def test_numbers_of_other_kinds_are_taken(model, data):
+    config = FinetuneConfig(batch_size=32, max_steps=2)
+    images, labels = few(data.train).tensors
+    ends = []
+    for given in ((images, labels), (images.double(), labels.int())):
+        student = copy.deepcopy(model)
+        finetune(student, train=TensorDataset(*given), config=config)
+        ends.append(student.state_dict())
+    assert same(*ends)
+
+
+def test_labels_that_are_not_needed_are_not_read(model, data):
+    images, labels = few(data.train).tensors
+    foreign = TensorDataset(images, labels + 1000)
+    config = FinetuneConfig(batch_size=32, max_steps=1, kd_weight=1.0, mixup=0.3)
+    result = finetune(model, train=foreign, teacher=copy.deepcopy(model), config=config)
+    assert result.steps == 1
+
+
+def test_the_teacher_keeps_its_layout(model, data):
+    config = FinetuneConfig(batch_size=32, max_steps=1, channels_last=True)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        teacher = copy.deepcopy(model).to(memory_format=layout)
+        finetune(copy.deepcopy(model), train=few(data.train), teacher=teacher, config=config)
+        wide = [p for p in teacher.parameters() if p.dim() == 4 and min(p.shape[1:]) > 1]
+        assert all(p.is_contiguous(memory_format=layout) for p in wide)
+
+
 def test_bf16_and_channels_last(model, data):
     config = FinetuneConfig(
         batch_size=32, max_steps=6, mixed_precision="bf16", channels_last=True, warmup=0.0

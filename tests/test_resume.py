@@ -308,6 +308,28 @@ def test_a_run_that_is_not_finished_is_not_overwritten(tmp_path):
         finetune(model, train=data, config=CONFIG, out=tmp_path)
 
 
+def test_a_run_that_ended_in_its_last_validation_is_not_finished(tmp_path):
+    model, data = small()
+    config = dataclasses.replace(CONFIG, epochs=1)
+    with pytest.raises(TrainingError, match="--resume"):
+        finetune(model, train=data, val=Asking(data), config=config, out=tmp_path)
+    with pytest.raises(TrainingError, match="not finished"):
+        finetune(model, train=data, val=data, config=config, out=tmp_path)
+    result = finetune(model, train=data, val=data, config=config, out=tmp_path, resume=True)
+    assert result.best is not None
+    finetune(model, train=data, val=data, config=config, out=tmp_path)  # now it is
+
+
+def test_a_run_that_begins_anew_keeps_nothing_of_an_earlier_one(tmp_path):
+    model, data = small()
+    for name in ("best.safetensors", "final.safetensors", ".best.safetensors.k1lled"):
+        (tmp_path / name).write_bytes(b"of an earlier run")
+    with pytest.raises(Interrupt):
+        finetune(model, train=Broken(data, 8), config=CONFIG, out=tmp_path)
+    assert not list(tmp_path.glob("*.safetensors*"))
+    assert not list(tmp_path.glob(".*.safetensors*"))
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     model, data = small()
     finetune(model, train=data, config=CONFIG, out=tmp_path)

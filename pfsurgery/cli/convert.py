@@ -80,6 +80,4 @@ def convert(
         Console().print(fit_table(done))
     if figure is not None:
         options.drawn(done.figure, figure)
-    Console().print(
-        f"{len(done.replaced)} of {len(done)} sites replaced; saved to {out}", soft_wrap=True
-    )
+    show.last(f"{len(done.replaced)} of {len(done)} sites replaced; saved to {out}")

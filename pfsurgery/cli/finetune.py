@@ -14,7 +14,7 @@ from pfsurgery.job import run_job
 from pfsurgery.recover.compilation import check_backend
 from pfsurgery.recover.config_file import read_config
 from pfsurgery.recover.optimizer import check_optimizer
-from pfsurgery.recover.processes import join_processes
+from pfsurgery.recover.processes import first_process_first
 from pfsurgery.recover.state import writable_folder
 
 
@@ -65,17 +65,17 @@ def finetune(
     check_optimizer(chosen_settings)
     check_backend(chosen_settings)
     writable_folder(out)
-    join_processes()
-    original = options.opened(model, pretrained, checkpoint, num_classes, model_kwarg, size)
-    images = open_data(
-        data,
-        original,
-        batch_size=chosen_settings.batch_size,
-        workers=workers,
-        labelled=chosen_settings.kd_weight < 1,
-        in_memory=in_memory,
-        augmentation=Augmentation(chosen_settings.crop_scale, chosen_settings.auto_augment),
-    )
+    with first_process_first():  # what is downloaded is there for the others
+        original = options.opened(model, pretrained, checkpoint, num_classes, model_kwarg, size)
+        images = open_data(
+            data,
+            original,
+            batch_size=chosen_settings.batch_size,
+            workers=workers,
+            labelled=chosen_settings.kd_weight < 1,
+            in_memory=in_memory,
+            augmentation=Augmentation(chosen_settings.crop_scale, chosen_settings.auto_augment),
+        )
     if not json:
         height, width = images.input_size[-2:]
         show.line(f"reading {data} at {height}x{width} pixels")

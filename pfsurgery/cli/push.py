@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from pfsurgery.cli import show
 from pfsurgery.hub import push as push_model
 
 
@@ -26,8 +26,4 @@ def push(
     Example: pfsurgery push fast/model user/fast-resnet50
     """
     where = push_model(directory, name, private=private, message=message, cache=cache)
-    Console().print(
-        f'{directory} is now {where}; load it with pfsurgery.load("hf-hub:{name}")',
-        soft_wrap=True,
-        highlight=False,
-    )
+    show.last(f'{directory} is now {where}; load it with pfsurgery.load("hf-hub:{name}")')

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from pfsurgery.batches import first_images, unlabelled_images
 from pfsurgery.checkpoint import save
@@ -74,4 +73,4 @@ def recover(
     save(fast, out)
     options.emit(refit_table(refits), json, [asdict(refit) for refit in refits])
     if not json:
-        Console().print(f"saved to {out}", soft_wrap=True)
+        show.last(f"saved to {out}")

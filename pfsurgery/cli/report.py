@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from pfsurgery.cli import show
 from pfsurgery.report import write_report
 
 
@@ -26,6 +26,6 @@ def report(
     Example: pfsurgery report runs/r50 --open
     """
     page = write_report(run, out)
-    Console().print(f"The report is in [bold]{page}[/].", soft_wrap=True, highlight=False)
+    show.last(f"The report is in {page}.")
     if open_it:
         webbrowser.open(page.resolve().as_uri())

@@ -91,11 +91,8 @@ def search(
         tell=show.timed(),
     )
     save(found.model, out / MODEL)
-    console = Console()
-    console.print(found_table(found))
-    console.print(
-        f"The model is in {out / MODEL}; pfsurgery report {out} shows the search.", soft_wrap=True
-    )
+    Console().print(found_table(found))
+    show.last(f"The model is in {out / MODEL}; pfsurgery report {out} shows the search.")
 
 
 def _policy(text: str, batch: int, thin: bool) -> Budget:

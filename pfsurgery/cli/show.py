@@ -9,6 +9,7 @@ from pathlib import Path
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from pfsurgery.job import Report
 from pfsurgery.policy import Tell
@@ -17,9 +18,13 @@ from pfsurgery.run_folder import MODEL_FOLDER
 
 def line(text: str) -> None:
     """One step of the job."""
-    if not is_first_process():
-        return
-    Console().print(f"[dim]...[/] {text}")
+    if is_first_process():
+        Console().print(f"[dim]...[/] {escape(text)}")
+
+
+def last(text: str) -> None:
+    """What a command ends with: where things are. Paths may hold what Rich takes for markup."""
+    Console().print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 def timed() -> Tell:
@@ -29,7 +34,8 @@ def timed() -> Tell:
     def tell(text: str) -> None:
         nonlocal before
         now = time.perf_counter()
-        line(f"{text} [dim]({now - before:.1f} s)[/]")
+        if is_first_process():
+            Console().print(f"[dim]...[/] {escape(text)} [dim]({now - before:.1f} s)[/]")
         before = now
 
     return tell
@@ -54,9 +60,9 @@ def report(result: Report, out: Path, as_json: bool) -> None:
     if result.given_back:
         console.print(f"Given back to keep the accuracy: {', '.join(result.given_back)}")
     console.print(
-        f"\nModel, report and figure are in [bold]{out}[/]. To use the model:\n\n"
+        f"\nModel, report and figure are in [bold]{escape(str(out))}[/]. To use the model:\n\n"
         f"    import pfsurgery\n"
-        f"    model = pfsurgery.load({str(out / MODEL_FOLDER)!r})\n"
+        f"    model = pfsurgery.load({escape(repr(str(out / MODEL_FOLDER)))})\n"
         f"    logits = model(images)\n",
         soft_wrap=True,
         highlight=False,

@@ -110,6 +110,7 @@ def finetune(
             stack.enter_context(workers_outlive_sigterm(train_loader, val_loader))
         job = Training(model, teacher, config, accelerator, folder)
         with (
+            keep_train_flags(model),
             job.prepared(train_loader, val_loader, resume) as run,
             stop_on_sigterm(folder is not None) as stop,
         ):
@@ -177,11 +178,11 @@ def _computes_in_bfloat16() -> bool:
 
 @contextmanager
 def _frozen(teacher: nn.Module | None) -> Iterator[None]:
-    """The teacher needs no gradients, and goes back to where it was."""
+    """The teacher needs no gradients, and goes back to where and how it lay."""
     if teacher is None:
         yield
         return
-    home = placement(teacher)[0]
+    home, formats = placement(teacher)[0], _memory_formats(teacher)
     wanted = [parameter for parameter in teacher.parameters() if parameter.requires_grad]
     try:
         teacher.requires_grad_(False)
@@ -190,6 +191,17 @@ def _frozen(teacher: nn.Module | None) -> Iterator[None]:
         for parameter in wanted:
             parameter.requires_grad_(True)
         teacher.to(home)
+        for parameter, memory_format in formats:
+            parameter.data = parameter.data.contiguous(memory_format=memory_format)
+
+
+def _memory_formats(model: nn.Module) -> list[tuple[nn.Parameter, torch.memory_format]]:
+    """The layout of each parameter of four dimensions."""
+    return [
+        (p, torch.contiguous_format if p.is_contiguous() else torch.channels_last)
+        for p in model.parameters()
+        if p.dim() == 4
+    ]
 
 
 @contextmanager

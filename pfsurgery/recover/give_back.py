@@ -54,9 +54,11 @@ def give_back(
         tries = []
         for block in changed_blocks(model):
             undo = _swap(model, original, block)
-            tries.append((accuracy(), block))
-            for path, module in undo:
-                set_module(model, path, module)
+            try:
+                tries.append((accuracy(), block))
+            finally:
+                for path, module in undo:
+                    set_module(model, path, module)
         gains = [(found, block) for found, block in tries if found.top1 > now.top1]
         if not gains:
             _log.warning(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,8 @@ def write_epochs(path: Path, history: Iterable[EpochRecord]) -> None:
         raise TrainingError(f"Could not write {path}: {error}.") from error
 
 
-def board(folder: Path, step: int) -> Callable[[dict[str, Any]], None]:
+@contextmanager
+def board(folder: Path, step: int) -> Iterator[Callable[[dict[str, Any]], None]]:
     """A function that shows records of the log in TensorBoard, or does nothing without it.
 
     Args:
@@ -113,7 +114,8 @@ def board(folder: Path, step: int) -> Callable[[dict[str, Any]], None]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        return lambda record: None
+        yield lambda record: None
+        return
     writer: Any = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def write(record: dict[str, Any]) -> None:
@@ -121,10 +123,11 @@ def board(folder: Path, step: int) -> Callable[[dict[str, Any]], None]:
             writer.add_scalar(name, value, record["step"])
         if record["kind"] == "epoch":
             writer.flush()
-        elif record["kind"] == "end":
-            writer.close()
 
-    return write
+    try:
+        yield write
+    finally:
+        writer.close()
 
 
 def check_tracker(config: FinetuneConfig) -> None:

@@ -18,6 +18,7 @@ from pfsurgery.recover.evaluate import check_labels, logits_of
 from pfsurgery.recover.guide import Guide
 from pfsurgery.recover.match import Match
 from pfsurgery.recover.remembered import RememberedLogits
+from pfsurgery.recover.state import placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +71,11 @@ class Objective:
                 "A batch has no labels. Give (images, labels), or a teacher and kd_weight=1."
             )
         check = uses_labels and labels is not None and (first or labels.device.type == "cpu")
-        loaded, images = images, on_device(images, config, self.accelerator)
-        targets = None if labels is None else labels.to(device, non_blocking=True)
+        loaded, images = images, on_device(images, self.student, config, self.accelerator)
+        targets = None
+        if labels is not None and uses_labels:
+            targets = labels.to(device, non_blocking=True)
+            targets = targets if targets.is_floating_point() else targets.long()
         if self.classes is not None:
             if labels is not None and check:
                 check_labels(labels, images.new_empty(len(images), self.classes))
@@ -126,7 +130,10 @@ def check_pairs(images: int) -> None:
         )
 
 
-def on_device(images: Tensor, config: FinetuneConfig, accelerator: Any) -> Tensor:
+def on_device(
+    images: Tensor, student: nn.Module, config: FinetuneConfig, accelerator: Any
+) -> Tensor:
     """Images (N, C, H, W) where and how the models read them."""
     memory_format = torch.channels_last if config.channels_last else torch.preserve_format
-    return images.to(accelerator.device, memory_format=memory_format, non_blocking=True)
+    dtype = placement(student)[1]
+    return images.to(accelerator.device, dtype, memory_format=memory_format, non_blocking=True)

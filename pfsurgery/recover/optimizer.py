@@ -16,13 +16,19 @@ _FUSED_ON_SHARDS = ("adam", "adamw")
 
 
 def check_optimizer(config: FinetuneConfig) -> None:
-    """Raise an UnknownNameError where timm has no optimizer of that name."""
-    from timm.optim import list_optimizers
+    """Raise an error where timm has no optimizer of that name, or it needs second derivatives."""
+    from timm.optim import get_optimizer_info, list_optimizers
 
     names = list_optimizers()
-    if config.optimizer.lower() not in names:
+    name = config.optimizer.lower()
+    if name not in names:
         raise UnknownNameError(
             f"timm has no optimizer {config.optimizer!r}. {closest(config.optimizer, names)}"
+        )
+    if get_optimizer_info(name).second_order:
+        raise TrainingError(
+            f"The optimizer {config.optimizer} needs second derivatives, which are not computed "
+            f"here. Give another one, such as adamw, sgd or lamb."
         )
 
 

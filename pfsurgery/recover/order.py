@@ -25,6 +25,7 @@ from torch.utils.data import (
     default_collate,
 )
 
+from pfsurgery.batches import release_workers
 from pfsurgery.errors import DataError
 
 _ORDER, _IMAGE, _STEP, _STREAM = range(4)  # what a seed is for
@@ -175,9 +176,14 @@ class TrainBatches:
             yield from self.loader
             return
         if isinstance(self.source, DataLoader):
-            if isinstance(self.source.generator, torch.Generator):
-                self.source.generator.manual_seed(seed_of(_STREAM, self.seed, epoch))
+            release_workers(self.source)  # those of an earlier epoch went on with their numbers
+            for drawing in (self.source, self.source.sampler):
+                generator = getattr(drawing, "generator", None)
+                if isinstance(generator, torch.Generator):
+                    generator.manual_seed(seed_of(_STREAM, self.seed, epoch))
             _start_stream(self.source, epoch)
+            if hasattr(self.loader, "set_epoch"):  # Accelerate's counts epochs of this process
+                self.loader.set_epoch(epoch)
         yield from islice(self.loader, batch, None)
 
 

@@ -50,7 +50,7 @@ def build_run(
     alone = accelerator.num_processes == 1 and not (matches or mixed)
     if config.teacher_cache and config.kd_weight and guide is not None and alone:
         remembered = RememberedLogits(
-            lambda images: guide(on_device(images, config, accelerator)), batches.start(1, 0)
+            lambda images: guide(on_device(images, model, config, accelerator)), batches.start(1, 0)
         )
     if sharding is None:
         student, optimizer = accelerator.prepare(model, make_optimizer(model, config))

@@ -60,6 +60,7 @@ class Ramp:
             self._remove()
             return
         if not self._handles:  # the run went back to a checkpoint inside the ramp
+            torch.compiler.reset()  # what was compiled in the meantime knows of no hooks
             self._hook()
         self.alpha.fill_(step / self.steps)
 
@@ -101,7 +102,7 @@ def _blend(new: nn.Module, original: list[nn.Module], alpha: Tensor) -> Any:
             return None
         old = inputs[0]
         for part in original:
-            old = part(old)
+            old = part.forward(old)  # hooks on the teacher are for what the teacher sees
         return torch.lerp(old.to(output.dtype), output, alpha.to(output.dtype))
 
     return new.register_forward_hook(hook)

@@ -20,6 +20,7 @@ from pfsurgery.errors import TrainingError
 from pfsurgery.files import remove_remains, write_atomically
 from pfsurgery.recover.config import EpochRecord, FinetuneConfig
 from pfsurgery.recover.evaluate import Accuracy
+from pfsurgery.recover.logs import LOG, read_lines
 
 FOLDER = "checkpoints"
 _FORMAT = 1
@@ -116,10 +117,14 @@ def newest(folder: Path) -> Path | None:
 
 
 def unfinished(folder: Path) -> bool:
-    """Whether the newest checkpoint is of a run that did not reach its last step."""
+    """Whether the newest checkpoint is before the last step, or the log does not say it ended."""
     path = newest(folder)
     match = _NAME.fullmatch(path.name) if path else None
-    return match is not None and int(match[1]) < int(match[2])
+    if match is None:
+        return False
+    log = folder / LOG
+    last = read_lines(log)[-1:] if log.exists() else []
+    return int(match[1]) < int(match[2]) or not any(record["kind"] == "end" for record in last)
 
 
 def remove_all(folder: Path) -> None:

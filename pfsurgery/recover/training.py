@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pfsurgery.batches import split_batch
 from pfsurgery.errors import TrainingError
+from pfsurgery.files import remove_remains
 from pfsurgery.recover import logs, snapshot
 from pfsurgery.recover.config import EpochRecord, FinetuneConfig
 from pfsurgery.recover.config_file import write_config
@@ -89,7 +91,7 @@ class Training:
             if saved is not None:
                 snapshot.check_same(config, accelerator.num_processes, saved)
                 self.at = Position.from_dict(saved["position"])
-            self._open_logs(saved is None)
+            self._open_logs(saved is None, stack)
 
             batches = TrainBatches(train, seed=config.seed, accelerator=accelerator)
             self.val = None if val is None else spread(val, accelerator)
@@ -126,8 +128,8 @@ class Training:
             restore_weights(self.model, copy_weights(run.model))
 
     def _agree(self, run: Run) -> None:
-        """Norm statistics of a sharded model are the first process's, as with DDP."""
-        if run.sharded:
+        """Norm statistics are the first process's: DDP sees to that before forward passes only."""
+        if run.sharded or self.accelerator.num_processes > 1:
             same_buffers(run.model)
             same_buffers(run.result)
 
@@ -239,6 +241,7 @@ class Training:
             self.weights = self.folder / FINAL
             if self.main:
                 write_weights(self.good, self.weights)
+            self.accelerator.wait_for_everyone()  # all read the file next
 
     def save(self, run: Run) -> Path | None:
         """Write a checkpoint and remove old ones; all processes wait for it."""
@@ -351,12 +354,15 @@ class Training:
             )
 
     def _estimate_norms(self, run: Run) -> None:
-        images: list[Tensor] = []
-        for batch in run.batches.start(self.at.epoch, 0):
-            images.append(batch[0] if isinstance(batch, (list, tuple)) else batch)
-            if sum(map(len, images)) >= self.config.norm_images:
-                break
-        recalibrate(self.model, images)
+        def images() -> Iterator[Tensor]:
+            seen = 0
+            for batch in run.batches.start(self.at.epoch, 0):
+                yield split_batch(batch)[0]
+                seen += len(split_batch(batch)[0])
+                if seen >= self.config.norm_images:
+                    return
+
+        recalibrate(self.model, images())
         if self.accelerator.num_processes > 1:
             same_buffers(self.model)
 
@@ -369,19 +375,22 @@ class Training:
         if reason is not None:
             raise DivergedError(reason, record.step, record.epoch, record.lr)
 
-    def _open_logs(self, anew: bool) -> None:
+    def _open_logs(self, anew: bool, stack: ExitStack) -> None:
         folder = self.folder
         if folder is None or not self.main:
             return
+        for name in (BEST, FINAL, logs.LOG, logs.EPOCHS):
+            remove_remains(folder, name)
         if anew:
             snapshot.remove_all(folder)
-            (folder / logs.LOG).unlink(missing_ok=True)
+            for name in (BEST, FINAL, logs.LOG, logs.EPOCHS):
+                (folder / name).unlink(missing_ok=True)
         else:
             logs.cut_log(folder / logs.LOG, self.at.step)
         write_config(self.config, folder / _CONFIG)
         writers = (
             logs.json_lines(folder / logs.LOG),
-            logs.board(folder / logs.BOARD, self.at.step),
+            stack.enter_context(logs.board(folder / logs.BOARD, self.at.step)),
             logs.tracker(self.accelerator, self.config),
         )
 

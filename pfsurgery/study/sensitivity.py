@@ -36,7 +36,9 @@ from pfsurgery.study.damage import damages, judge_of, seen_of
 
 LINES = "sensitivity.jsonl"
 OPS = ("max_pool", "avg_pool", "shift", "identity")
-_ROUNDS = 15  # of timing the original and the changed network in turns
+# Rounds of timing the original and the changed network in turns; long ones are less noisy.
+_ROUNDS = (5, 15)
+_SECONDS = 4.0  # that they should take
 
 # The ms that each of some options of a site saves.
 Gains = Callable[[Site, Sequence[Option]], Sequence[float]]
@@ -230,11 +232,14 @@ def _times_saved(
     """The ms that each option saves in the whole network, as `optimize` leaves both."""
     images = as_batch(choices.batches[0][:1], batch)
     original = optimize(choices.teacher, images)
+    alone = latency({"original": original}, images, repeats=1)["original"].times_ms[0] / 1000
+    least, most = _ROUNDS
+    rounds = max(least, min(most, round(_SECONDS / (2 * alone))))
     saved = []
     for option in options:
         trial = typical_network(choices.teacher, [site], {site.name: option})
         pair = {"original": original, "trial": optimize(trial, images)}
-        taken = latency(pair, images, repeats=_ROUNDS)
+        taken = latency(pair, images, repeats=rounds)
         times = zip(taken["original"].times_ms, taken["trial"].times_ms, strict=True)
         saved.append(median(before - after for before, after in times))
     return saved

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from pfsurgery.batches import first_images, unlabelled_images
 from pfsurgery.cli import options, show
@@ -64,6 +63,4 @@ def sensitivity(
     options.drawn(lambda path: draw_sensitivity(rows, path), out / FIGURE)
     options.emit(sensitivity_table(rows), json, [asdict(row) for row in rows])
     if not json:
-        Console().print(
-            f"Figure and rows are in {out}; pfsurgery report {out} shows them.", soft_wrap=True
-        )
+        show.last(f"Figure and rows are in {out}; pfsurgery report {out} shows them.")
