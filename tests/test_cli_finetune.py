@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -251,6 +254,29 @@ def test_a_run_is_continued(cli, folder, tmp_path):
     assert other.code == 2
     assert "policy (then 'maxpool_deep', now 'shift_all')" in other.err
     assert "maxpool_deep" in json.loads((out / "run.json").read_text())["command"]
+
+
+def test_the_signal_to_a_whole_group_saves_and_ends(folder, tmp_path):
+    """As clusters send it, also to what read images before the training began."""
+    out = tmp_path / "run"
+    words = [*SHORT[:-6], "--workers", 1, "--batch-size", 4, "--epochs", 10_000, "--log-every", 1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pfsurgery.cli", *map(str, words), "--data", folder, "--out", out],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())},
+    )
+    log = out / "log.jsonl"
+    while process.poll() is None and not (log.exists() and '"step"' in log.read_text()):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    assert "Traceback" not in errors
+    assert "--resume" in errors
+    assert list((out / "checkpoints").glob("step-*.pt"))
 
 
 def test_an_optimiser_with_second_derivatives_is_refused(cli, folder, tmp_path):

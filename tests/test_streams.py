@@ -101,6 +101,7 @@ JOB = (
     *("finetune", "--model", "test_resnet", "--num-classes", "2", "--no-pretrained"),
     *("--model-kwarg", 'pretrained_cfg_overlay={"input_size": [3, 32, 32]}', "--policy"),
     *("maxpool_deep", "--batch-size", "4", "--workers", "1", "--epochs", "2", "--log-every", "1"),
+    *("--norm-images", "8"),
 )
 
 
