@@ -48,8 +48,13 @@ def fold_norms(seen: GraphView, model: nn.Module) -> None:
         seen: The view of a model of this structure.
         model: Changed in place; in eval mode.
     """
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(module, []).append(path)
     for node, norm in _norms(seen, model):
-        _fold(node, norm, seen, model)
+        for old, new in _folded(node, norm, seen, model):
+            for path in paths[old]:
+                set_module(model, path, new)
 
 
 def _norms(seen: GraphView, model: nn.Module) -> Iterator[tuple[fx.Node, nn.BatchNorm2d]]:
@@ -66,27 +71,29 @@ def _norms(seen: GraphView, model: nn.Module) -> Iterator[tuple[fx.Node, nn.Batc
             yield node, norm
 
 
-def _fold(node: fx.Node, norm: nn.BatchNorm2d, seen: GraphView, model: nn.Module) -> None:
-    """Move `norm` into a neighbour, if one can take it."""
+def _folded(
+    node: fx.Node, norm: nn.BatchNorm2d, seen: GraphView, model: nn.Module
+) -> list[tuple[nn.Module, nn.Module]]:
+    """What takes the place of `norm` and of the neighbour that takes it in; nothing if none can."""
     before = _convolution_before(node, norm, seen, model)
     after = None if before or _activation(norm) else _pointwise_after(node, seen, model)
     path = before or after
     if path is None:
-        return
+        return []
     conv = get_module(model, path)
     assert isinstance(conv, nn.Conv2d)
     folded = fuse_conv_bn_eval(conv, norm) if before else _with_norm_before(conv, norm)
     with torch.no_grad():
         for weight in folded.parameters():
             weight[weight.abs() < torch.finfo(weight.dtype).tiny] = 0
-    set_module(model, path, folded)
-    set_module(model, str(node.target), _activation(norm) or nn.Identity())
+    return [(conv, folded), (norm, _activation(norm) or nn.Identity())]
 
 
 def _convolution_before(
     node: fx.Node, norm: nn.BatchNorm2d, seen: GraphView, model: nn.Module
 ) -> str | None:
     """The convolution whose output reaches `norm` and nothing else, on a way that it may cross."""
+    norm_path = str(node.target)
     while len(node.args) == 1 and isinstance(node.args[0], fx.Node):
         node = node.args[0]
         if node.op != "call_module" or len(node.users) != 1:
@@ -95,7 +102,8 @@ def _convolution_before(
         module = get_module(model, path)
         if _takes_a_norm(path, module, seen):
             assert isinstance(module, nn.Conv2d)
-            return path if module.out_channels == norm.num_features else None
+            fits = module.out_channels == norm.num_features
+            return path if fits and not is_seen_between(path, norm_path, model) else None
         if not _commutes(module, norm) or is_watched(module):
             return None
     return None
@@ -112,7 +120,19 @@ def _pointwise_after(node: fx.Node, seen: GraphView, model: nn.Module) -> str | 
     conv = get_module(model, path)
     if not _takes_a_norm(path, conv, seen) or not isinstance(conv, nn.Conv2d):
         return None
-    return path if is_pointwise(conv) else None
+    fits = is_pointwise(conv) and not is_seen_between(str(node.target), path, model)
+    return path if fits else None
+
+
+def is_seen_between(first: str, second: str, model: nn.Module) -> bool:
+    """Whether a module around one of two, but not both, is watched: it sees what lies between."""
+    around = set(_above(first)) ^ set(_above(second))
+    return any(is_watched(get_module(model, path)) for path in around)
+
+
+def _above(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
 def _takes_a_norm(path: str, module: nn.Module, seen: GraphView) -> bool:

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from pfsurgery.fold import is_seen_between
 from pfsurgery.graph import GraphView
 from pfsurgery.measure.latency import latency
 from pfsurgery.modules import get_module, is_pointwise, is_watched, set_module
 from pfsurgery.ops.bottleneck import Bottleneck
+from pfsurgery.rewrite import inherit
 from pfsurgery.sites import Geometry, geometry_of
 from pfsurgery.structure import Run, Structure
 
@@ -33,6 +35,7 @@ def take_in_activations(seen: GraphView, model: nn.Module) -> None:
 
 def _relu_after(node: fx.Node, seen: GraphView, model: nn.Module) -> str | None:
     """The ReLU that reads what `node` makes, with nothing between; both are called once."""
+    bottleneck = str(node.target).removesuffix(".expand")
     if seen.calls(str(node.target)) != 1:
         return None
     while len(node.users) == 1:
@@ -42,7 +45,7 @@ def _relu_after(node: fx.Node, seen: GraphView, model: nn.Module) -> str | None:
         path = str(node.target)
         module = get_module(model, path)
         if type(module) is nn.ReLU and seen.calls(path) == 1 and not is_watched(module):
-            return path
+            return None if is_seen_between(bottleneck, path, model) else path
         if not isinstance(module, nn.Identity) or is_watched(module):
             return None
     return None
@@ -59,7 +62,9 @@ def speed_up_pointwise(seen: GraphView, model: nn.Module) -> None:
             x = torch.zeros(shape).contiguous(memory_format=torch.channels_last)
             faster[key] = _is_faster(_as_bottleneck(conv), conv, x)
         if faster[key]:
-            set_module(model, path, _as_bottleneck(conv))
+            made = _as_bottleneck(conv)
+            inherit(made, conv)
+            set_module(model, path, made)
 
 
 def speed_up_on_gpu(model: nn.Module, args: tuple[Any, ...]) -> None:

@@ -66,3 +66,10 @@ def number_of_classes(model: nn.Module) -> int | None:
         return told or None
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     return linear[-1].out_features if linear else None
+
+
+def gpus_of(*models: nn.Module) -> list[int]:
+    """Indices of the CUDA devices that hold parameters; others need not be woken."""
+    return sorted(
+        {p.device.index for m in models for p in m.parameters() if p.device.type == "cuda"}
+    )

@@ -61,7 +61,7 @@ def apply_plan(model: nn.Module, decisions: Iterable[Decision]) -> Undo:
         old = _module_at(model, decision)
         new = replacement(decision, old)
         _check_shape(decision, new)
-        _inherit(new, old)
+        inherit(new, old)
         changes += [(name, new) for name in decision.site.names]
         if decision.tail == "drop":
             for name in decision.site.neighbours.tail:
@@ -188,13 +188,13 @@ def _pointwise(conv: Convolution) -> Convolution:
     return pointwise
 
 
-def _inherit(new: nn.Module, old: nn.Module) -> None:
+def inherit(new: nn.Module, old: nn.Module) -> None:
     """Take over train flag and hooks, and the geometry, which a model's own code may read."""
     new.train(old.training)
     for name in _GEOMETRY if isinstance(old, Convolution) else _HEADS:
         if not hasattr(new, name) and hasattr(old, name):
             setattr(new, name, getattr(old, name))
-    for hooks in HOOKS:
+    for hooks in (*HOOKS, "_is_full_backward_hook"):
         setattr(new, hooks, getattr(old, hooks))
 
 

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pfsurgery.errors import ShapeError, SurgeryError
+from pfsurgery.modules import gpus_of
 
 HOOKS = (
     "_forward_hooks",
@@ -82,10 +83,11 @@ def on_shadow(
     depends on values.
     """
     failure: Exception | None = None
+    gpus = gpus_of(model)
     for make in (_meta_shadow, _fake_shadow, _real_shadow):
         try:
             shadow, convert, context = make(model)
-            with context, torch.no_grad(), torch.random.fork_rng(), ByShape():
+            with context, torch.no_grad(), torch.random.fork_rng(devices=gpus), ByShape():
                 inputs = tree_map_only(Tensor, convert, example)
                 return work(shadow, inputs), make is _real_shadow
         except SurgeryError:

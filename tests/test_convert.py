@@ -90,6 +90,15 @@ def test_hooks_of_the_user_are_kept_and_fire():
     assert seen == ["site", "block"]
 
 
+def test_full_backward_hooks_of_the_user_fire():
+    model = small()
+    seen = []
+    model.layer2[0].conv1.register_full_backward_hook(lambda *_: seen.append("site"))
+    fast = convert(model, "maxpool_all")
+    fast(torch.randn(1, 3, 64, 64)).sum().backward()
+    assert seen == ["site"]
+
+
 @pytest.mark.parametrize("policy", ["maxpool_all", "shift_all", "eff_hybrid"])
 @pytest.mark.parametrize("name", ["test_resnet", "test_byobnet", "test_convnext"])
 def test_it_trains_copies_and_converts_twice_alike(name, policy):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pfsurgery
+from pfsurgery.errors import UnsupportedSiteError
 from pfsurgery.recover import front
 
 runs: list[str] = []
@@ -109,6 +110,62 @@ def test_same_as_running_everything_again(
     again = make(model, batches).state_dict()
     assert resumed.keys() == again.keys()
     assert all(torch.equal(resumed[name], again[name]) for name in resumed)
+
+
+class TwoSizes(nn.Module):
+    """One pool, called with two sizes of maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.relu = nn.AvgPool2d(2), nn.ReLU()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.first, self.second = (nn.Conv2d(8, 8, 3, 2, 1) for _ in range(2))
+        self.third, self.fourth = (nn.Conv2d(8, 8, 3, 1, 1) for _ in range(2))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.down(x) + self.first(x)
+        x = self.relu(self.down(x) + self.second(x))
+        x = self.fourth(self.third(x).relu()).relu()
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_module_that_gives_several_sizes_is_run() -> None:
+    torch.manual_seed(0)
+    fast = pfsurgery.convert(TwoSizes().eval(), pfsurgery.budget(macs="60%"), images=images(32))
+    assert fast(images(32)[0]).shape == (8, 5)
+
+
+class SeveralScales(TwoSizes):
+    """One convolution, called with two sizes of maps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.stem(x))
+        x = self.third(x).mean((2, 3)) + self.third(self.down(x)).mean((2, 3))
+        return self.head(x)
+
+
+def test_a_convolution_of_several_scales_is_named() -> None:
+    torch.manual_seed(0)
+    model = SeveralScales().eval()
+    with pytest.raises(UnsupportedSiteError, match="third is called with images of several sizes"):
+        pfsurgery.convert(model, pfsurgery.budget(macs="95%"), images=images(32))
+
+
+class Heads(TwoSizes):
+    """A head for training alone comes last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.auxiliary = nn.Linear(8, 5)
+
+
+def test_a_head_for_training_alone_is_left() -> None:
+    torch.manual_seed(0)
+    model = Heads().eval()
+    fast = pfsurgery.convert(model, pfsurgery.budget(macs="95%"), images=images(32))
+    assert torch.equal(fast.auxiliary.weight, model.auxiliary.weight)
 
 
 def test_what_lies_before_a_layer_is_not_run_for_every_layer(

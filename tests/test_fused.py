@@ -11,6 +11,7 @@ import timm
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from torch.nn.utils import prune
 
 import pfsurgery
 from pfsurgery.errors import ShapeError
@@ -128,6 +129,77 @@ def bottleneck() -> Bottleneck:
     geometry = Geometry(32, 48, (3, 3), padding=(1, 1))
     run = Run("tap", 0, 1, 1, 1, tuple(range(16)))
     return Bottleneck(geometry, Structure("bottleneck", 16, (run,), None, 0.0)).eval()
+
+
+def stock(bottleneck: Bottleneck, x: torch.Tensor) -> torch.Tensor:
+    with disabled():
+        return step_by_step(bottleneck, x)
+
+
+X = torch.randn(2, 32, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+class Doubled(torch.nn.Module):
+    """An adapter around a convolution, which still shows its weight."""
+
+    def __init__(self, conv: torch.nn.Conv2d) -> None:
+        super().__init__()
+        self.conv, self.weight, self.bias = conv, conv.weight, conv.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * self.conv(x)
+
+
+@pytest.mark.parametrize("tracked", [False, True])
+@pytest.mark.parametrize("name", ["reduce", "expand"])
+def test_adapters_masks_and_hooks_on_its_products_count(bottleneck, name, tracked):
+    def doubles(module, inputs, output):
+        return 2 * output
+
+    x = X.clone().requires_grad_(tracked)
+    with torch.set_grad_enabled(tracked):
+        adapted, hooked, pruned = (copy.deepcopy(bottleneck) for _ in range(3))
+        setattr(adapted, name, Doubled(getattr(bottleneck, name)))
+        getattr(hooked, name).register_forward_hook(doubles)
+        prune.l1_unstructured(getattr(pruned, name), "weight", 0.5)
+        for changed in (adapted, hooked, pruned):
+            torch.testing.assert_close(changed(x), stock(changed, x), rtol=1e-5, atol=1e-5)
+            assert not torch.allclose(changed(x), bottleneck(x), atol=1e-3)
+
+
+def test_what_alone_is_trained_has_a_gradient(bottleneck):
+    for name, _ in bottleneck.named_parameters():
+        trained = copy.deepcopy(bottleneck).requires_grad_(False)
+        parameter = trained.get_parameter(name).requires_grad_()
+        trained(X).sum().backward()
+        assert parameter.grad is not None, name
+
+
+def test_packed_weights_follow_the_module(bottleneck):
+    wanted = stock(bottleneck, X)
+    moved = copy.deepcopy(bottleneck)
+    moved.freeze()
+    with torch.no_grad():
+        assert torch.allclose(moved.double()(X.double()), wanted.double(), atol=1e-4)
+        torch.testing.assert_close(moved.float()(X), wanted, rtol=1e-5, atol=1e-5)
+        with pytest.raises(RuntimeError, match="scalar type"):
+            moved.double()(X)
+
+
+def test_a_pool_behind_a_reduction_sees_what_was_reduced():
+    for kind in ("average", "maximum"):
+        run = Run(kind, 0, 0, 3, 3, (0, 1, 2, 3))
+        geometry = Geometry(32, 8, (3, 3), padding=(1, 1))
+        pooled = Bottleneck(geometry, Structure("bottleneck", 4, (run,), None, 0.0)).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(pooled(X), stock(pooled, X), rtol=1e-5, atol=1e-5)
+
+
+def test_windows_that_hold_only_padding_are_not_fitted():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=3), torch.nn.Conv2d(8, 8, 1))
+    found = pfsurgery.plan(model, lambda site: "bare", example=X[:1, :3], include=["0"])
+    assert not found.replaced
+    assert "padding" in found["0"].reason
 
 
 def test_images_of_several_sizes_one_after_the_other(bottleneck):

@@ -19,6 +19,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.func import vmap
 
+from pfsurgery.errors import ShapeError
 from pfsurgery.kernels import disabled, explain
 from pfsurgery.ops.blur import Blur
 from pfsurgery.ops.pool import AvgPool, MaxPool
@@ -112,6 +113,33 @@ def test_outputs_and_gradients_are_those_of_the_stock_calls(window, x, name):
     (made * weights).sum().backward()
     (expected * weights).sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["max", "mean", "blur", "shift"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kernel", [1, 2, 3, 5])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_gradients_of_usual_windows_are_those_of_the_stock_calls(name, layout, kernel, stride):
+    window = Window((kernel, kernel), (stride, stride), ((kernel - 1) // 2,) * 2)
+    op = op_of(name, window, 18)
+    for size in (16, 7, 2):
+        ours = torch.randn(2, 18, size, size).to(memory_format=layout).requires_grad_()
+        theirs = ours.detach().clone().requires_grad_()
+        assert fits(name, window, ours)
+        made = op(ours)
+        with disabled():
+            expected = op(theirs)
+        weights = torch.randn_like(expected)
+        (made * weights).sum().backward()
+        (expected * weights).sum().backward()
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_a_shift_of_other_channels_than_it_was_made_for_is_refused():
+    op = op_of("shift", Window((3, 3), (1, 1), (1, 1)), 18)
+    for channels in (9, 20):
+        with pytest.raises(ShapeError, match=f"18 channels was given {channels}"):
+            op(torch.randn(1, channels, 8, 8))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

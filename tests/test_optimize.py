@@ -112,6 +112,40 @@ def test_what_is_shared_or_read_elsewhere_is_left_alone():
     torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
 
 
+class Alias(nn.Module):
+    """Layers that have two names, of which the forward pass uses the second."""
+
+    def __init__(self, first: str) -> None:
+        super().__init__()
+        stem, norm = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.stem = stem if first == "convolution" else nn.Identity()
+        self.norm = norm if first == "norm" else nn.Identity()
+        self.body = nn.Sequential(stem, norm, nn.ReLU())
+
+    def forward(self, x):
+        return self.body(x)
+
+
+@pytest.mark.parametrize("first", ["convolution", "norm"])
+def test_layers_of_two_names_are_folded_at_both(first):
+    model, x = trained(Alias(first)), torch.randn(2, 3, 9, 9)
+    wanted = model(x)
+    for made in (pfsurgery.optimize(model, x), with_folded_norms(model, x)):
+        torch.testing.assert_close(made(x), wanted, rtol=1e-5, atol=1e-5)
+        assert not norms(made)
+
+
+def test_a_hook_on_what_holds_a_convolution_sees_what_it_saw():
+    inner = nn.Sequential(nn.Conv2d(3, 8, 3))
+    model, x = trained(nn.Sequential(inner, nn.BatchNorm2d(8))), torch.randn(2, 3, 9, 9)
+    seen: list[torch.Tensor] = []
+    inner.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    wanted = model(x)
+    torch.testing.assert_close(with_folded_norms(model, x)(x), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(seen[-1], seen[0])
+    assert not torch.allclose(seen[0], wanted, atol=1e-2)
+
+
 def test_a_copy_with_folded_norms_shares_the_rest_and_calls_the_same_hooks():
     model = trained(timm.create_model("test_resnet"))
     x = torch.randn(2, 3, 64, 64)

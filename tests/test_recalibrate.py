@@ -36,6 +36,16 @@ def test_equals_the_statistics_of_all_values_pooled():
     assert torch.allclose(model[1].running_var.double(), values.var(1), rtol=1e-5, atol=1e-6)
 
 
+def test_a_batch_of_one_image_joins_another():
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3))
+    for sizes in ((8, 8, 1), (1, 8), (1, 1, 1, 1, 1)):
+        images = batches(*sizes)
+        recalibrate(model, images)
+        values = torch.cat(images).mean((2, 3))
+        assert torch.allclose(model[1].running_mean, values.mean(0), atol=1e-6)
+        assert torch.allclose(model[1].running_var, values.var(0), rtol=1e-4)
+
+
 def test_a_norm_that_is_called_twice_pools_both_calls():
     norm = nn.BatchNorm1d(4, affine=False)
 

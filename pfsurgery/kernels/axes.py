@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from math import comb
@@ -11,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Weighing = Literal["none", "mean", "binomial"]
+
+_ONCE = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +88,9 @@ class Axis:
 
     @cached_property
     def address(self) -> int:
-        """Where `block` is in memory."""
-        return int(self.block.ctypes.data)
+        """Where `block` is in memory: of the one that stays, whichever thread asks first."""
+        with _ONCE:
+            return int(self.block.ctypes.data)
 
     @cached_property
     def transposed(self) -> Axis:
@@ -96,7 +100,9 @@ class Axis:
         for tap in range(self.positions.shape[1]):
             used = self.counts > tap
             matrix[rows[used], self.positions[used, tap]] += self.weights[used, tap]
-        return _axis(matrix.T, self.kernel_size, 1, self.dilation, 0)
+        # loops that know a shift by its padding alone read it of windows of one tap
+        padding = -self.padding if self.kernel_size == 1 else 0
+        return _axis(matrix.T, self.kernel_size, 1, self.dilation, padding)
 
     def tap(self, number: int) -> Axis:
         """The axis that sees one tap alone."""

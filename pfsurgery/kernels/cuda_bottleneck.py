@@ -22,6 +22,14 @@ from pfsurgery.structure import Run
 _POSITIONS, _COLUMNS, _OUTPUTS, _LEAST = 64, 32, 64, 16
 
 
+def _takes_tf32() -> bool:
+    """Whether convolutions in float32 may round to TF32, by torch's newer switch or the older."""
+    switch = getattr(torch.backends.cudnn, "conv", None)
+    if switch is None:
+        return bool(torch.backends.cudnn.allow_tf32)
+    return bool(switch.fp32_precision == "tf32")
+
+
 @dataclass(frozen=True, slots=True)
 class Taps:
     """Where the columns that are taps are read.
@@ -174,7 +182,7 @@ def bottleneck(
             *(len(taps.channels), 0 if pooled is None else pooled.shape[1], width, outputs),
             HAS_WAIST=expand is not None,
             RELU=relu,
-            PRECISION="tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
+            PRECISION="tf32" if _takes_tf32() else "ieee",
             BLOCK=_POSITIONS,
             BLOCK_K=_COLUMNS,
             BLOCK_R=block,

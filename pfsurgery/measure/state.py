@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from pfsurgery.errors import ShapeError, SurgeryError
+from pfsurgery.modules import gpus_of
 
 
 @contextmanager
@@ -28,8 +29,7 @@ def undisturbed(*models: nn.Module) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if buffer is not None and not buffer.is_meta
     ]
-    gpus = {p.device.index for m in models for p in m.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(gpus)), torch.no_grad():
+    with torch.random.fork_rng(devices=gpus_of(*models)), torch.no_grad():
         try:
             for module in modules:
                 module.training = False

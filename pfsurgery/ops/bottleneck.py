@@ -11,8 +11,10 @@ from torch.nn import functional as F
 from pfsurgery.errors import UnsupportedSiteError
 from pfsurgery.kernels import choice
 from pfsurgery.kernels.fused import Fused, Weights, pack_weights
+from pfsurgery.modules import is_watched
 from pfsurgery.ops.base import Op, Support, register_op
 from pfsurgery.ops.columns import Columns
+from pfsurgery.ops.window import Window
 from pfsurgery.sites import Geometry, Site
 from pfsurgery.structure import Structure
 
@@ -51,6 +53,8 @@ class Bottleneck(nn.Module):
         last = structure.waist or structure.columns
         self.expand = nn.Conv2d(last, outputs, 1)
         self.relu = False
+        pooled = any(run.kind != "tap" for run in structure.runs)
+        self._has_kernel = not (structure.reduce and pooled)  # which pools what it is given
         self._kernel = Fused(geometry, structure)
         self._frozen: Weights | None = None
 
@@ -62,7 +66,7 @@ class Bottleneck(nn.Module):
         """The bottleneck's output; with `relu`, negative numbers are raised to 0."""
         if self._is_fused(x):
             return self._kernel(x, self._frozen or self._packed(), relu=self.relu)
-        if self.on_gpu and x.is_cuda and not self._is_tracked(x) and choice.why_stock(x) is None:
+        if self.on_gpu and self._is_in_gpu_kernel(x):
             return self.in_gpu_kernel(x)
         if self.reduce is not None:
             x = self.reduce(x)
@@ -107,17 +111,57 @@ class Bottleneck(nn.Module):
         if self.columns is None:
             made: Tensor = product(x)
             return made
-        if not self._is_tracked(x) or choice.why_traced(x) is not None:
+        if not self._is_tracked(x) or not self._is_plain() or choice.why_traced(x) is not None:
             made = product(self.columns(x))
             return made
         made = self.columns.times(x, product.weight[:, :, 0, 0])
         return made if product.bias is None else made + product.bias[:, None, None].to(made.dtype)
 
     def _is_tracked(self, x: Tensor) -> bool:
-        return torch.is_grad_enabled() and (x.requires_grad or self.expand.weight.requires_grad)
+        return torch.is_grad_enabled() and (
+            x.requires_grad or any(weight.requires_grad for weight in self.parameters())
+        )
+
+    def _is_plain(self) -> bool:
+        """Whether the products are convolutions that nothing watches: adapters, masks, hooks."""
+        products = (self.reduce, self.waist, self.expand)
+        return all(
+            f"{type(conv).__module__}.{type(conv).__qualname__}" in _PLAIN
+            and not (is_watched(conv) or conv._backward_hooks or conv._backward_pre_hooks)
+            for conv in products
+            if conv is not None
+        )
+
+    def _goes_with(self, x: Tensor) -> bool:
+        weight = self.expand.weight
+        return weight.dtype == x.dtype and weight.device == x.device
 
     def _is_fused(self, x: Tensor) -> bool:
-        return not self._is_tracked(x) and choice.why_unfused(x) is None
+        return (
+            self._has_kernel
+            and not self._is_tracked(x)
+            and choice.why_unfused(x) is None
+            and self._is_plain()
+            and self._goes_with(x)
+        )
+
+    def _is_in_gpu_kernel(self, x: Tensor) -> bool:
+        return (
+            x.is_cuda
+            and not self._is_tracked(x)
+            and choice.why_stock(x) is None
+            and not torch.is_autocast_enabled("cuda")
+            and x.dtype != torch.float64
+            and self._is_plain()
+            and self._goes_with(x)
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Packed weights go where the weights go."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._frozen is not None:
+            self.freeze()
+        return self
 
     def _packed(self) -> Weights:
         """The weights as matrices (inputs, outputs), in the order of the columns."""
@@ -161,6 +205,8 @@ class MixedOp(Op):
 
     def supports(self, site: Site) -> Support:
         """Convolutions that mix channels, with plain weights and zero padding."""
+        if empty := Window.of(site.geometry).why_empty():
+            return Support(empty)
         if site.kind == "depthwise":
             return Support("a product would cost more than this depthwise convolution")
         if site.module not in _PLAIN:
@@ -191,6 +237,8 @@ class BareOp(MixedOp):
 
     def supports(self, site: Site) -> Support:
         """Sites that keep their channels and have a pointwise layer behind them."""
+        if empty := Window.of(site.geometry).why_empty():
+            return Support(empty)
         geometry, around = site.geometry, site.neighbours
         if geometry.in_channels != geometry.out_channels:
             return Support("the number of channels changes")

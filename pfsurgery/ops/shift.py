@@ -8,6 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from pfsurgery.errors import ShapeError
 from pfsurgery.kernels import choice, functions
 from pfsurgery.kernels.axes import Axis
 from pfsurgery.kernels.layout import Group
@@ -40,6 +41,9 @@ class Shift(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Each group at its place."""
         if choice.why_stock(x) is None:
+            given, wanted = x.shape[-1 - self.window.dims], sum(size for _, size in self.taps)
+            if given != wanted:
+                raise ShapeError(f"A shift of {wanted} channels was given {given}.")
             axes = self.window.axes(x, "none")
             if axes is not None:
                 return functions.shift(x, _groups(axes, self.taps))

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from pfsurgery.errors import UnsupportedSiteError
+
 Side = Literal["input", "output"]
 
 
@@ -44,6 +46,11 @@ def capture(
         seen[key].append(tensor.detach().clone())
         if len(seen[key]) == calls[key]:
             parts = seen.pop(key)
+            if len({part.shape[1:] for part in parts}) > 1:
+                raise UnsupportedSiteError(
+                    f"{wanted[key][0]} is called with images of several sizes, which cannot be "
+                    f"fitted together: exclude it."
+                )
             taken[key] = take(key, torch.cat(parts) if len(parts) > 1 else parts[0])
         if not seen:
             raise _Done

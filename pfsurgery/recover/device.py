@@ -152,7 +152,7 @@ def site_times(choices: Choices, batch: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for site in choices.sites:
         options = choices.options[site.name]
-        kind = (site.geometry, site.input_shape[1:])
+        kind = (site.geometry, site.input_shape[1:], site.calls)
         forms = {_family(option) for option in options if option is not None}
         new = [form for form in sorted(forms) if (kind, form) not in lines]
         if new or (kind, None) not in lines:

@@ -142,7 +142,7 @@ def _first_calls(seen: GraphView) -> dict[str, int]:
 
 def _cuts(seen: GraphView, images: int) -> list[_Cut]:
     """The places that one tensor passes, from front to back, where it fits for all images."""
-    finished = _finished(seen)
+    finished, changing = _finished(seen), _changing(seen)
     found = []
     for position, node in _narrow(seen.graph):
         if position not in finished.values() or 4 * images * _per_image(node) > _MEMORY:
@@ -150,7 +150,7 @@ def _cuts(seen: GraphView, images: int) -> list[_Cut]:
         before = {path for path, done in finished.items() if done <= position}
         outer = [path for path in before if not any(above in before for above in _above(path))]
         held = [path for path in outer if finished[path] == position]
-        if len(held) == 1:
+        if len(held) == 1 and changing.isdisjoint(outer):
             found.append(_Cut(position, held[0], tuple(p for p in outer if p != held[0])))
     return found
 
@@ -164,6 +164,17 @@ def _finished(seen: GraphView) -> dict[str, int]:
     }
     passes = {path: max(call.position for call in calls) for path, calls in seen.passes.items()}
     return returned | passes
+
+
+def _changing(seen: GraphView) -> set[str]:
+    """Modules that return other shapes from call to call: one answer would not do for all."""
+    shapes: dict[str, set[object]] = {}
+    for node in seen.graph.nodes:
+        if node.op == "call_module":
+            shapes.setdefault(str(node.target), set()).add(node.meta["shape"])
+    for path, calls in seen.passes.items():
+        shapes[path] = {call.out_shape for call in calls}
+    return {path for path, made in shapes.items() if len(made) > 1}
 
 
 def _narrow(graph: fx.Graph) -> Iterator[tuple[int, fx.Node]]:

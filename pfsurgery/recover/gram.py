@@ -209,7 +209,7 @@ def sample_positions(total: int, most: int, generator: torch.Generator) -> Tenso
     """At most `most` of `total` positions, sorted and without repeats; None stands for all."""
     if total <= most:
         return None
-    return torch.randperm(total, generator=generator)[:most].sort().values
+    return torch.randperm(total, generator=generator, device="cpu")[:most].sort().values
 
 
 Groups = list[tuple[int, Tensor]]  # operations, and the places of what each has

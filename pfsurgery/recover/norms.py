@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,11 +123,30 @@ def _run(model: nn.Module, norms: list[_BatchNorm], batches: Images | Tensor | s
     device, dtype = placement(model)
     count = 0
     read = sample_images if isinstance(batches, (str, Path)) else unlabelled_images
-    for images in read(batches, model):
+    for images in _of_two_or_more(read(batches, model)):
         model(images.to(device=device, dtype=dtype))
         count += 1
     if not count:
         raise DataError("There is no batch to re-estimate norm statistics from; give at least one.")
+
+
+def _of_two_or_more(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The batches, those of one image joined with a neighbour: a norm of 1x1 maps needs two."""
+    held: Tensor | None = None
+    single: Tensor | None = None
+    for batch in batches:
+        if single is not None and single.shape[1:] == batch.shape[1:]:
+            batch = torch.cat([single, batch])
+        elif single is not None:  # of another size
+            yield single
+        single = batch if len(batch) == 1 else None
+        if single is None:
+            if held is not None:
+                yield held
+            held = batch
+    if held is not None and single is not None and held.shape[1:] == single.shape[1:]:
+        held, single = torch.cat([held, single]), None
+    yield from (batch for batch in (held, single) if batch is not None)
 
 
 def _buffers(norm: _BatchNorm) -> list[Tensor]:

@@ -85,8 +85,10 @@ def _refit(student: nn.Module, wanted: Tensor, path: str, batches: Sequence[Tens
     if not isinstance(linear, nn.Linear):
         return
     moments = MomentSum(linear.in_features, linear.out_features)
-    seen = [capture(student, batch, {"x": (path, "input")})["x"] for batch in batches]
-    features = torch.cat(seen).float().cpu()
+    captured = [capture(student, batch, {"x": (path, "input")}) for batch in batches]
+    if not all("x" in seen for seen in captured):  # a head for training alone
+        return
+    features = torch.cat([seen["x"] for seen in captured]).float().cpu()
     if features.ndim != 2:
         return
     moments.add(features, wanted.float().cpu())
