@@ -1,11 +1,12 @@
-"""Trains the base networks of the recovery benchmarks on CIFAR-10 and caches them.
+"""The base networks of the benchmarks on CIFAR-10: kept in `bases/`, or trained and cached.
 
-Run as a script to train what is missing; import `load_net` and `load_images` to use the cache:
+Run as a script to train what is missing; import `load_net` and `load_images` to use them:
 
     python benchmarks/base_nets.py --data DIR --cache DIR --net basic
 
 `DIR` of the data holds `train.tar` and `val.tar`, JPEG files in one folder a class. Accuracy is
-counted on all 10,000 validation images. Two free cores need about fifteen minutes a network.
+counted on all 10,000 validation images. Two free cores need half an hour to an hour a network, so
+that one is kept in `bases/`, kernels in float16, by `--keep`.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.efficientnet import EfficientNet
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 CACHE = Path(__file__).parent / "cache"
+KEPT = Path(__file__).parent / "bases"
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
 BATCH = 128
@@ -224,13 +227,39 @@ def _epoch(
 
 
 def load_net(net: str, data: Path | None = None, cache: Path = CACHE) -> nn.Module:
-    """The trained base network `net` in eval mode, from the cache or trained now."""
-    stored = cache / f"{net}.pt"
-    if not stored.exists():
+    """The trained base network `net` in eval mode: the cached one, the kept one, or trained now."""
+    model, stored, kept = build(net), cache / f"{net}.pt", KEPT / f"{net}.safetensors"
+    if stored.exists():
+        model.load_state_dict(torch.load(stored))
+    elif kept.exists():
+        model.load_state_dict(load_file(kept))  # into float32
+    else:
         return train(net, data, cache)
-    model = build(net)
-    model.load_state_dict(torch.load(stored))
     return model.to(memory_format=torch.channels_last).eval()
+
+
+def facts_of(net: str, cache: Path = CACHE) -> dict[str, float]:
+    """Accuracy of what `load_net` loads, and how long it was trained."""
+    cached = cache / f"{net}.json"
+    text = (cached if cached.exists() else KEPT / f"{net}.json").read_text()
+    return dict(json.loads(text))
+
+
+def keep(net: str, data: Path | None, cache: Path = CACHE) -> None:
+    """Puts the cached network into `bases/`, with the accuracy that its rounded weights have."""
+    state = torch.load(cache / f"{net}.pt")
+    rounded = {
+        name: value.half().contiguous() if value.ndim > 1 else value
+        for name, value in state.items()
+    }
+    KEPT.mkdir(exist_ok=True)
+    save_file(rounded, KEPT / f"{net}.safetensors")
+    model = build(net)
+    model.load_state_dict(rounded)
+    top1 = accuracy(model, *load_images("val", data, cache))
+    facts = {**facts_of(net, cache), "top1": top1}
+    (KEPT / f"{net}.json").write_text(json.dumps(facts, indent=1) + "\n")
+    print(f"{net}: {top1:.2f} % as kept", flush=True)
 
 
 def main() -> None:
@@ -239,9 +268,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--net", choices=list(CYCLES), action="append")
+    parser.add_argument("--keep", action="store_true", help="put what is cached into bases/")
     args = parser.parse_args()
     for net in args.net or list(CYCLES):
         load_net(net, args.data, args.cache)
+        if args.keep:
+            keep(net, args.data, args.cache)
 
 
 if __name__ == "__main__":

@@ -75,11 +75,11 @@ def recovered(original: nn.Module, policy: str, calibration: Sequence[Tensor]) -
 
 def fine_tuned(args: argparse.Namespace) -> dict[str, Any]:
     original = base_nets.load_net(args.net, args.data, args.cache)
-    base = json.loads((args.cache / f"{args.net}.json").read_text())
+    base = base_nets.facts_of(args.net, args.cache)
     images, labels = base_nets.load_images("train", args.data, args.cache)
     val_images, val_labels = base_nets.load_images("val", args.data, args.cache)
     val = TensorDataset(base_nets.normalise(val_images), val_labels)
-    quarter = base["epochs"] * (len(labels) // base_nets.BATCH) // 4
+    quarter = int(base["epochs"]) * (len(labels) // base_nets.BATCH) // 4
     steps = args.steps or quarter
 
     fast = recovered(original, args.policy, base_nets.normalise(images[:2000]).split(100))

@@ -139,7 +139,7 @@ def test_a_shift_of_other_channels_than_it_was_made_for_is_refused():
     op = op_of("shift", Window((3, 3), (1, 1), (1, 1)), 18)
     for channels in (9, 20):
         with pytest.raises(ShapeError, match=f"18 channels was given {channels}"):
-            op(torch.randn(1, channels, 8, 8))
+            op(torch.randn(2, channels, 32, 32))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -232,9 +232,9 @@ def _times_saved(
     """The ms that each option saves in the whole network, as `optimize` leaves both."""
     images = as_batch(choices.batches[0][:1], batch)
     original = optimize(choices.teacher, images)
-    alone = latency({"original": original}, images, repeats=1)["original"].times_ms[0] / 1000
+    alone = latency({"original": original}, images, repeats=2, warmup=1)["original"].median_ms
     least, most = _ROUNDS
-    rounds = max(least, min(most, round(_SECONDS / (2 * alone))))
+    rounds = max(least, min(most, round(_SECONDS / (2 * alone / 1000))))
     saved = []
     for option in options:
         trial = typical_network(choices.teacher, [site], {site.name: option})
