@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -124,13 +125,15 @@ class Bottleneck(nn.Module):
 
     def _is_plain(self) -> bool:
         """Whether the products are convolutions that nothing watches: adapters, masks, hooks."""
-        products = (self.reduce, self.waist, self.expand)
-        return all(
-            f"{type(conv).__module__}.{type(conv).__qualname__}" in _PLAIN
-            and not (is_watched(conv) or conv._backward_hooks or conv._backward_pre_hooks)
-            for conv in products
-            if conv is not None
-        )
+        kinds = _plain_kinds()
+        for conv in (self.reduce, self.waist, self.expand):
+            if conv is None:
+                continue
+            if type(conv) not in kinds or is_watched(conv):
+                return False
+            if conv._backward_hooks or conv._backward_pre_hooks:
+                return False
+        return True
 
     def _goes_with(self, x: Tensor) -> bool:
         weight = self.expand.weight
@@ -170,6 +173,14 @@ class Bottleneck(nn.Module):
         reduce = None if self.reduce is None else _matrix(self.reduce)
         assert self.expand.bias is not None
         return pack_weights(reduce, _matrix(middle), expand, self.expand.bias.detach())
+
+
+@lru_cache
+def _plain_kinds() -> frozenset[type]:
+    """The classes of `_PLAIN`."""
+    from timm.layers import Conv2dSame
+
+    return frozenset({nn.Conv2d, Conv2dSame})
 
 
 def _thin(geometry: Geometry, inputs: int, outputs: int) -> nn.Conv2d:
