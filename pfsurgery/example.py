@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from pfsurgery.errors import ShapeError
 
@@ -41,6 +42,17 @@ def example_inputs(model: nn.Module, example: Example | None = None) -> tuple[An
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     shape = (1, *default_input_size(model))
     return (torch.zeros(shape, device=parameter.device, dtype=parameter.dtype),)
+
+
+def images_in(args: tuple[Any, ...]) -> int:
+    """How many images the arguments of a forward pass hold: a batch, or a list as detectors take.
+
+    1 where there is none.
+    """
+    if isinstance(args[0], list | tuple):
+        return max(1, len(args[0]))
+    batches = [x.shape[0] for x in tree_leaves(args) if isinstance(x, Tensor) and x.dim()]
+    return max([1, *batches[:1]])
 
 
 def default_input_size(model: nn.Module) -> tuple[int, int, int]:

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from pfsurgery.attention import attention_sites
 from pfsurgery.errors import NoSitesError, ShapeError, SurgeryError, WrappedModelError
-from pfsurgery.example import Example, example_inputs
+from pfsurgery.example import Example, example_inputs, images_in
 from pfsurgery.graph import GraphView, Orphan, view
 from pfsurgery.modularise import modularise
 from pfsurgery.neighbours import feeds_output, neighbours_of, reads_input
@@ -60,7 +60,8 @@ def scan(
         NoSitesError: It has no spatial convolution, nor attention where that was asked for.
     """
     refuse_wrapped(model)
-    seen = view(modularise(model), example_inputs(model, example))
+    args = example_inputs(model, example)
+    seen = view(modularise(model), args)
     sites = _sites_of(seen, is_convolution if pointwise else is_spatial)
     attending = attention_sites(seen) if attention else []
     if not sites and not attending:
@@ -69,7 +70,8 @@ def scan(
             f"{type(model).__name__} has no spatial convolution (kernel larger than one pixel)"
             f"{also} that a forward pass reaches: there is nothing to convert."
         )
-    return _in_order(_with_depth(sites) if sites else (), attending, seen)
+    found = _in_order(_with_depth(sites) if sites else (), attending, seen)
+    return tuple(replace(site, images=images_in(args)) for site in found)
 
 
 def _in_order(

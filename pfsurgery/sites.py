@@ -222,6 +222,7 @@ class Site:
         stem: It reads the model's input.
         output: It feeds the model's output, with nothing but reshaping between.
         blocked: Why nothing can take its place, None where an op may.
+        images: Images of the example; N is more where the model cuts them into tiles or frames.
     """
 
     name: str
@@ -238,6 +239,7 @@ class Site:
     stem: bool = False
     output: bool = False
     blocked: str | None = None
+    images: int = 1
 
     @property
     def kind(self) -> Kind:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import pfsurgery
 from pfsurgery.errors import UnsupportedSiteError
+from pfsurgery.measure import count
 from pfsurgery.recover import front
 
 runs: list[str] = []
@@ -135,6 +136,30 @@ def test_a_module_that_gives_several_sizes_is_run() -> None:
     torch.manual_seed(0)
     fast = pfsurgery.convert(TwoSizes().eval(), pfsurgery.budget(macs="60%"), images=images(32))
     assert fast(images(32)[0]).shape == (8, 5)
+
+
+class Tiles(TwoSizes):
+    """Each image is cut into four, which are run as a batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        tiles = x.reshape(n, c, 2, h // 2, 2, w // 2).permute(0, 2, 4, 1, 3, 5)
+        made = super().forward(tiles.reshape(4 * n, c, h // 2, w // 2))
+        return made.reshape(n, 4, 5).mean(1)
+
+
+@pytest.mark.parametrize("example", [None, torch.zeros(3, 3, 64, 64)])
+def test_a_budget_counts_all_tiles_of_an_image(example: Tensor | None) -> None:
+    torch.manual_seed(0)
+    model, image = Tiles().eval(), torch.zeros(1, 3, 64, 64)
+    sites = pfsurgery.scan(model, example if example is not None else image)
+    assert {site.images for site in sites} == {1 if example is None else 3}
+    assert {site.input_shape[0] // site.images for site in sites} == {4}
+    fast = pfsurgery.convert(
+        model, pfsurgery.budget(macs="60%"), images=images(64), example=example
+    )
+    before, after = (count(m, image).macs for m in (model, fast))
+    assert 0.5 * before < after <= 0.6 * before
 
 
 class SeveralScales(TwoSizes):

@@ -171,7 +171,7 @@ class Budget:
     def cost(self, site: Site, option: Option | None) -> float:
         """What a site costs: multiply-adds of one image, or parameters."""
         geometry = site.geometry
-        positions = site.positions / site.input_shape[0]
+        positions = site.positions / site.images
         if self.unit != "params":
             return (geometry.macs_per_position if option is None else option.macs) * positions
         if option is None:

@@ -152,7 +152,7 @@ def site_times(choices: Choices, batch: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for site in choices.sites:
         options = choices.options[site.name]
-        kind = (site.geometry, site.input_shape[1:], site.calls)
+        kind = (site.geometry, site.input_shape[1:], site.input_shape[0] // site.images, site.calls)
         forms = {_family(option) for option in options if option is not None}
         new = [form for form in sorted(forms) if (kind, form) not in lines]
         if new or (kind, None) not in lines:
@@ -186,7 +186,7 @@ def _lines(
         if isinstance(module, Bottleneck):
             module.freeze()
         timed[str(place)] = module
-    size = (batch, *site.input_shape[1:])
+    size = (batch * site.input_shape[0] // site.images, *site.input_shape[1:])
     x = torch.zeros(size, device=weight.device, dtype=weight.dtype)
     x = x.contiguous(memory_format=torch.channels_last)
     for module in timed.values():

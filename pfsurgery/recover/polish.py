@@ -89,7 +89,7 @@ def _refit(student: nn.Module, wanted: Tensor, path: str, batches: Sequence[Tens
     if not all("x" in seen for seen in captured):  # a head for training alone
         return
     features = torch.cat([seen["x"] for seen in captured]).float().cpu()
-    if features.ndim != 2:
+    if features.ndim != 2 or len(features) != len(wanted):  # more is done behind it
         return
     moments.add(features, wanted.float().cpu())
     found = moments.result()

@@ -219,7 +219,7 @@ def _measure(
     lines = []
     for option, (damage, top1), ms in zip(options, harm, saved, strict=True):
         decision = typical_decision(site, option)
-        macs = decision.macs_saved // site.input_shape[0]
+        macs = decision.macs_saved // site.images
         params = decision.parameters_saved
         where = (site.name, site.depth, site.kind, str(option))
         lines.append(Sensitivity(*where, damage, top1, macs, params, ms, seconds))
