@@ -16,6 +16,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from pfsurgery.data import open_data
 from pfsurgery.recover import FinetuneConfig, finetune
@@ -98,7 +99,7 @@ def test_a_stream_is_continued_in_the_middle(shards, tmp_path, workers, monkeypa
 
 
 JOB = (
-    *("finetune", "--model", "test_resnet", "--num-classes", "2", "--no-pretrained"),
+    *("finetune", "--model", "test_resnet", "--num-classes", "2"),
     *("--model-kwarg", 'pretrained_cfg_overlay={"input_size": [3, 32, 32]}', "--policy"),
     *("maxpool_deep", "--batch-size", "4", "--workers", "1", "--epochs", "2", "--log-every", "1"),
     *("--norm-images", "8"),
@@ -110,8 +111,18 @@ JOB = (
 def test_the_command_line_in_two_processes_on_shards(cli, shards, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
-    out = tmp_path / "run"
-    words = (*JOB, "--data", f"wds/{shards}", "--out", str(out), "--resume")
+    out, weights = tmp_path / "run", tmp_path / "weights.safetensors"
+    save_file(timm.create_model("test_resnet", num_classes=2).state_dict(), weights)
+    words = (
+        *JOB,
+        "--checkpoint",
+        str(weights),
+        "--data",
+        f"wds/{shards}",
+        "--out",
+        str(out),
+        "--resume",
+    )
     for _ in range(2):  # the second time there is nothing left to do
         done = subprocess.run(
             [*launch, "-m", "pfsurgery.cli", *words],
