@@ -257,7 +257,7 @@ def keep(net: str, data: Path | None, cache: Path = CACHE) -> None:
     model = build(net)
     model.load_state_dict(rounded)
     top1 = accuracy(model, *load_images("val", data, cache))
-    facts = {**facts_of(net, cache), "top1": top1}
+    facts = {"top1": top1, "epochs": facts_of(net, cache)["epochs"]}
     (KEPT / f"{net}.json").write_text(json.dumps(facts, indent=1) + "\n")
     print(f"{net}: {top1:.2f} % as kept", flush=True)
 
