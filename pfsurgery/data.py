@@ -246,13 +246,13 @@ def _open_parts(
     train = open_reader(train_path, size, training=True, labelled=labelled or not apart)
     if apart:
         return train, open_reader(val_path, size, training=False)
-    kept, apart_from_these = held_out(train.labels, every=_HELD_OUT_EVERY)
-    if not apart_from_these:
+    kept, withheld = held_out(train.labels, every=_HELD_OUT_EVERY)
+    if not withheld:
         raise DataError(
             f"No class in {train_path} has {_HELD_OUT_EVERY} images, too few to hold some out for "
             f"validation; add a validation part next to it (a folder val or a file val.tar)."
         )
-    return train.subset(kept, training=True), train.subset(apart_from_these, training=False)
+    return train.subset(kept, training=True), train.subset(withheld, training=False)
 
 
 def _class_names(dataset: Dataset[Any]) -> tuple[str, ...]:

@@ -12,7 +12,14 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pfsurgery.example import Example, example_inputs
 from pfsurgery.graph import GraphView, view
-from pfsurgery.modules import get_module, is_pointwise, is_watched, set_module
+from pfsurgery.modules import (
+    get_module,
+    is_pointwise,
+    is_watched,
+    parents_of,
+    paths_of,
+    set_module,
+)
 from pfsurgery.ops.blur import Blur
 from pfsurgery.ops.pool import AvgPool, MaxPool
 
@@ -48,13 +55,8 @@ def fold_norms(seen: GraphView, model: nn.Module) -> None:
         seen: The view of a model of this structure.
         model: Changed in place; in eval mode.
     """
-    paths: dict[nn.Module, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        paths.setdefault(module, []).append(path)
     for node, norm in _norms(seen, model):
-        for old, new in _folded(node, norm, seen, model):
-            for path in paths[old]:
-                set_module(model, path, new)
+        _fold(node, norm, seen, model)
 
 
 def _norms(seen: GraphView, model: nn.Module) -> Iterator[tuple[fx.Node, nn.BatchNorm2d]]:
@@ -71,22 +73,22 @@ def _norms(seen: GraphView, model: nn.Module) -> Iterator[tuple[fx.Node, nn.Batc
             yield node, norm
 
 
-def _folded(
-    node: fx.Node, norm: nn.BatchNorm2d, seen: GraphView, model: nn.Module
-) -> list[tuple[nn.Module, nn.Module]]:
-    """What takes the place of `norm` and of the neighbour that takes it in; nothing if none can."""
+def _fold(node: fx.Node, norm: nn.BatchNorm2d, seen: GraphView, model: nn.Module) -> None:
+    """Move `norm` into a neighbour, if one can take it."""
     before = _convolution_before(node, norm, seen, model)
     after = None if before or _activation(norm) else _pointwise_after(node, seen, model)
     path = before or after
     if path is None:
-        return []
+        return
     conv = get_module(model, path)
     assert isinstance(conv, nn.Conv2d)
     folded = fuse_conv_bn_eval(conv, norm) if before else _with_norm_before(conv, norm)
     with torch.no_grad():
         for weight in folded.parameters():
             weight[weight.abs() < torch.finfo(weight.dtype).tiny] = 0
-    return [(conv, folded), (norm, _activation(norm) or nn.Identity())]
+    for old, new in ((conv, folded), (norm, _activation(norm) or nn.Identity())):
+        for place in paths_of(model, old):
+            set_module(model, place, new)
 
 
 def _convolution_before(
@@ -126,13 +128,8 @@ def _pointwise_after(node: fx.Node, seen: GraphView, model: nn.Module) -> str | 
 
 def is_seen_between(first: str, second: str, model: nn.Module) -> bool:
     """Whether a module around one of two, but not both, is watched: it sees what lies between."""
-    around = set(_above(first)) ^ set(_above(second))
+    around = set(parents_of(first)) ^ set(parents_of(second))
     return any(is_watched(get_module(model, path)) for path in around)
-
-
-def _above(path: str) -> list[str]:
-    parts = path.split(".")
-    return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
 def _takes_a_norm(path: str, module: nn.Module, seen: GraphView) -> bool:

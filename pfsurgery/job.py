@@ -26,7 +26,7 @@ from pfsurgery.files import write_text
 from pfsurgery.measure import Comparison, compare
 from pfsurgery.plan import Plan
 from pfsurgery.policy import DataPolicy, Tell
-from pfsurgery.record import forget, record, remember
+from pfsurgery.record import record, remember_instead
 from pfsurgery.recover import (
     Accuracy,
     FinetuneConfig,
@@ -274,10 +274,7 @@ def _converted(folder: Path, original: nn.Module) -> nn.Module:
     """What an earlier run converted, with its whole plan: `save` leaves out what was kept."""
     fast = load(folder, base=copy.deepcopy(original))
     plan = Plan.from_json((folder / _PLAN).read_text(encoding="utf-8"))
-    plans = (*record(fast).plans[:-1], plan)
-    forget(fast)
-    for each in plans:
-        remember(fast, each)
+    remember_instead(fast, (*record(fast).plans[:-1], plan))
     return fast
 
 

@@ -35,6 +35,17 @@ def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
     _replace_in_containers(parent, old, module)
 
 
+def paths_of(model: nn.Module, module: nn.Module) -> list[str]:
+    """All paths at which `model` holds `module`; more than one where it is shared."""
+    return [path for path, m in model.named_modules(remove_duplicate=False) if m is module]
+
+
+def parents_of(path: str) -> list[str]:
+    """Paths of the modules around the one at `path`, the outermost first, without the model."""
+    parts = path.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
+
+
 def _replace_in_containers(parent: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Replace a module in plain lists and the like: some models run the layers in such a one."""
     for key, value in vars(parent).items():

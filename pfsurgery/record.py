@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +69,13 @@ def remember(model: nn.Module, plan: Plan) -> None:
     model.__dict__[_ATTRIBUTE] = now
     if isinstance(model, fx.GraphModule):
         model.meta[_ATTRIBUTE] = now  # a GraphModule's deep copy keeps its meta alone
+
+
+def remember_instead(model: nn.Module, plans: Iterable[Plan]) -> None:
+    """Make `plans` the record on `model`, in place of what is there."""
+    forget(model)
+    for plan in plans:
+        remember(model, plan)
 
 
 def forget(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from pfsurgery.attention import layout_of, projections
 from pfsurgery.errors import RecordMismatchError, UnsupportedSiteError
-from pfsurgery.modules import get_module, set_module
+from pfsurgery.modules import get_module, paths_of, set_module
 from pfsurgery.ops import get_op
 from pfsurgery.ops.bottleneck import fitted_module
 from pfsurgery.ops.eff_attention import EffAttention
@@ -67,7 +67,7 @@ def apply_plan(model: nn.Module, decisions: Iterable[Decision]) -> Undo:
             for name in decision.site.neighbours.tail:
                 old = get_module(model, name)
                 dropped = nn.Identity().train(old.training)
-                changes += [(path, dropped) for path in _paths_of(model, old)]
+                changes += [(path, dropped) for path in paths_of(model, old)]
     undo_list = [(name, get_module(model, name)) for name, _ in changes]
     for name, module in changes:
         set_module(model, name, module)
@@ -78,10 +78,6 @@ def undo(model: nn.Module, replaced: Undo) -> None:
     """Put back what `apply_plan` replaced."""
     for name, module in replaced:
         set_module(model, name, module)
-
-
-def _paths_of(model: nn.Module, module: nn.Module) -> list[str]:
-    return [path for path, m in model.named_modules(remove_duplicate=False) if m is module]
 
 
 def _module_at(model: nn.Module, decision: Decision) -> nn.Module:

@@ -16,10 +16,11 @@ from pfsurgery.policy import Tell
 from pfsurgery.run_folder import MODEL_FOLDER
 
 
-def line(text: str) -> None:
-    """One step of the job."""
+def line(text: str, aside: str = "") -> None:
+    """One step of the job, and what is said beside it."""
     if is_first_process():
-        Console().print(f"[dim]...[/] {escape(text)}")
+        beside = f" [dim]{aside}[/]" if aside else ""
+        Console().print(f"[dim]...[/] {escape(text)}{beside}")
 
 
 def last(text: str) -> None:
@@ -34,8 +35,7 @@ def timed() -> Tell:
     def tell(text: str) -> None:
         nonlocal before
         now = time.perf_counter()
-        if is_first_process():
-            Console().print(f"[dim]...[/] {escape(text)} [dim]({now - before:.1f} s)[/]")
+        line(text, f"({now - before:.1f} s)")
         before = now
 
     return tell

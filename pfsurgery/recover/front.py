@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pfsurgery.graph import GraphView
+from pfsurgery.modules import parents_of
 from pfsurgery.recover.capture import Side, capture
 
 _MEMORY = 1 << 29  # bytes of one layer's outputs, for all images, that are held at once, about
@@ -148,7 +149,7 @@ def _cuts(seen: GraphView, images: int) -> list[_Cut]:
         if position not in finished.values() or 4 * images * _per_image(node) > _MEMORY:
             continue
         before = {path for path, done in finished.items() if done <= position}
-        outer = [path for path in before if not any(above in before for above in _above(path))]
+        outer = [path for path in before if not any(above in before for above in parents_of(path))]
         held = [path for path in outer if finished[path] == position]
         if len(held) == 1 and changing.isdisjoint(outer):
             found.append(_Cut(position, held[0], tuple(p for p in outer if p != held[0])))
@@ -193,11 +194,6 @@ def _narrow(graph: fx.Graph) -> Iterator[tuple[int, fx.Node]]:
 
 def _per_image(node: fx.Node) -> int:
     return torch.Size(node.meta["shape"][1:]).numel()
-
-
-def _above(path: str) -> list[str]:
-    parts = path.split(".")
-    return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
 def _is_plain(leaf: Any) -> bool:

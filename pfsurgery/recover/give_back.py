@@ -12,7 +12,7 @@ from torch import nn
 from pfsurgery.modules import get_module, set_module
 from pfsurgery.plan import Decision
 from pfsurgery.policy import KEEP
-from pfsurgery.record import forget, record, remember
+from pfsurgery.record import record, remember_instead
 from pfsurgery.recover.blocks import Block, changed_blocks
 from pfsurgery.recover.evaluate import Accuracy
 
@@ -101,6 +101,5 @@ def _note(model: nn.Module, names: tuple[str, ...]) -> None:
         return decision
 
     plans = record(model).plans
-    forget(model)
-    for plan in plans:
-        remember(model, replace(plan, decisions=tuple(map(kept, plan.decisions))))
+    edited = (replace(plan, decisions=tuple(map(kept, plan.decisions))) for plan in plans)
+    remember_instead(model, edited)

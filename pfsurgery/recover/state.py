@@ -6,6 +6,7 @@ import random
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def keep_train_flags(*models: nn.Module) -> Iterator[None]:
 
 def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Device and floating dtype of the first parameter (or buffer); CPU and float32 without any."""
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in chain(model.parameters(), model.buffers()):
         if tensor.is_floating_point():
             return tensor.device, tensor.dtype
     return torch.device("cpu"), torch.float32

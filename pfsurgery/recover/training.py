@@ -357,8 +357,9 @@ class Training:
         def images() -> Iterator[Tensor]:
             seen = 0
             for batch in run.batches.start(self.at.epoch, 0):
-                yield split_batch(batch)[0]
-                seen += len(split_batch(batch)[0])
+                given = split_batch(batch)[0]
+                yield given
+                seen += len(given)
                 if seen >= self.config.norm_images:
                     return
 
