@@ -5,8 +5,8 @@ Run as a script to train what is missing; import `load_net` and `load_images` to
     python benchmarks/base_nets.py --data DIR --cache DIR --net basic
 
 `DIR` of the data holds `train.tar` and `val.tar`, JPEG files in one folder a class. Accuracy is
-counted on all 10,000 validation images. Two free cores need half an hour to an hour a network, so
-that one is kept in `bases/`, kernels in float16, by `--keep`.
+counted on all 10,000 validation images. A core needs 20 minutes to an hour a network, so two
+are kept in `bases/`, kernels in float16, by `--keep`.
 """
 
 from __future__ import annotations
