@@ -61,7 +61,7 @@ OPTIONS: dict[str, object] = {
     "crop_scale": 0.5,
     "ema": 0.5,
     "mixed_precision": "bf16",
-    "channels_last": True,
+    "channels_last": False,
     "compile": "eager",
     "norm_images": 8,
     "max_drop": 50.0,

@@ -290,13 +290,26 @@ def test_labels_that_are_not_needed_are_not_read(model, data):
     assert result.steps == 1
 
 
-def test_the_teacher_keeps_its_layout(model, data):
-    config = FinetuneConfig(batch_size=32, max_steps=1, channels_last=True)
-    for layout in (torch.contiguous_format, torch.channels_last):
-        teacher = copy.deepcopy(model).to(memory_format=layout)
-        finetune(copy.deepcopy(model), train=few(data.train), teacher=teacher, config=config)
-        wide = [p for p in teacher.parameters() if p.dim() == 4 and min(p.shape[1:]) > 1]
-        assert all(p.is_contiguous(memory_format=layout) for p in wide)
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_model_and_teacher_keep_their_layouts(model, data, channels_last):
+    config = FinetuneConfig(batch_size=32, max_steps=1, channels_last=channels_last)
+    layouts = (torch.contiguous_format, torch.channels_last)
+    for own, of_teacher in (layouts, layouts[::-1]):
+        student = copy.deepcopy(model).to(memory_format=own)
+        teacher = copy.deepcopy(model).to(memory_format=of_teacher)
+        finetune(student, train=few(data.train), teacher=teacher, config=config)
+        for network, layout in ((student, own), (teacher, of_teacher)):
+            wide = [p for p in network.parameters() if p.dim() == 4 and min(p.shape[1:]) > 1]
+            assert wide
+            assert all(p.is_contiguous(memory_format=layout) for p in wide)
+
+
+def test_kernels_of_three_dimensions_are_trained(data):
+    inner = nn.Unflatten(1, (1, 3)), nn.Conv3d(1, 4, 3), nn.AdaptiveAvgPool3d(1)
+    model = nn.Sequential(*inner, nn.Flatten(), nn.Linear(4, 10))
+    before = copy.deepcopy(model[1].weight)
+    finetune(model, train=few(data.train), config=FinetuneConfig(batch_size=32, max_steps=2))
+    assert not torch.equal(before, model[1].weight)
 
 
 def test_bf16_and_channels_last(model, data):

@@ -48,7 +48,8 @@ class FinetuneConfig:
         ema: Decay of the exponential moving average of the weights, which is then what is evaluated
             and kept; 0 for none.
         mixed_precision: no, bf16 or fp16 (the latter on a GPU only).
-        channels_last: Train in that memory format. The model keeps it.
+        channels_last: Train in that memory format, in which most models are faster. Afterwards the
+            model has its own back.
         compile: Backend of torch.compile for model and teacher, such as inductor, or no.
         norm_images: Training images for re-estimating norm statistics at the end; 0 for none.
         max_drop: Most points of top-1 to lose against the teacher; changed blocks are given back
@@ -93,7 +94,7 @@ class FinetuneConfig:
     crop_scale: float = 0.35
     ema: float = 0.0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    channels_last: bool = False
+    channels_last: bool = True
     compile: str = "no"
     norm_images: int = 0
     max_drop: float | None = None

@@ -22,6 +22,7 @@ from pfsurgery.recover.optimizer import check_optimizer
 from pfsurgery.recover.sharding import check_sharding, forgotten_afterwards
 from pfsurgery.recover.source import opened
 from pfsurgery.recover.state import (
+    keep_layouts,
     keep_random_state,
     keep_train_flags,
     placement,
@@ -55,10 +56,10 @@ def finetune(
 
     Afterwards the model holds the weights of the last step, or their moving average (the best ones
     are in `out`; with `max_drop` it holds these), stays on the device where it was trained, and has
-    its train flags back; the teacher is as it was. The global random states are put back. After an
-    error the model holds the last good weights: those of the best epoch so far, or the ones it came
-    with. On a CPU, the same model, data, seed and number of threads give the same weights, bit for
-    bit, no matter how often the run was killed and continued.
+    its train flags and memory format back; the teacher is as it was. The global random states are
+    put back. After an error the model holds the last good weights: those of the best epoch so far,
+    or the ones it came with. On a CPU, the same model, data, seed and number of threads give the
+    same weights, bit for bit, no matter how often the run was killed and continued.
 
     Args:
         model: A classifier with something left to train: (N, C, H, W) -> (N, classes).
@@ -101,7 +102,9 @@ def finetune(
     check_run(teacher, config, val=val, folder=folder, resume=resume)
     with ExitStack() as stack:
         stack.enter_context(keep_random_state())
-        stack.enter_context(keep_train_flags(*(m for m in (model, teacher) if m is not None)))
+        both = [m for m in (model, teacher) if m is not None]
+        stack.enter_context(keep_train_flags(*both))
+        stack.enter_context(keep_layouts(*both))
         stack.enter_context(_frozen(teacher))
         stack.enter_context(forgotten_afterwards())
         accelerator = stack.enter_context(_accelerator(model, config, folder))
@@ -178,11 +181,11 @@ def _computes_in_bfloat16() -> bool:
 
 @contextmanager
 def _frozen(teacher: nn.Module | None) -> Iterator[None]:
-    """The teacher needs no gradients, and goes back to where and how it lay."""
+    """The teacher needs no gradients, and goes back to where it was."""
     if teacher is None:
         yield
         return
-    home, formats = placement(teacher)[0], _memory_formats(teacher)
+    home = placement(teacher)[0]
     wanted = [parameter for parameter in teacher.parameters() if parameter.requires_grad]
     try:
         teacher.requires_grad_(False)
@@ -191,17 +194,6 @@ def _frozen(teacher: nn.Module | None) -> Iterator[None]:
         for parameter in wanted:
             parameter.requires_grad_(True)
         teacher.to(home)
-        for parameter, memory_format in formats:
-            parameter.data = parameter.data.contiguous(memory_format=memory_format)
-
-
-def _memory_formats(model: nn.Module) -> list[tuple[nn.Parameter, torch.memory_format]]:
-    """The layout of each parameter of four dimensions."""
-    return [
-        (p, torch.contiguous_format if p.is_contiguous() else torch.channels_last)
-        for p in model.parameters()
-        if p.dim() == 4
-    ]
 
 
 @contextmanager

@@ -44,6 +44,28 @@ def keep_train_flags(*models: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def keep_layouts(*models: nn.Module) -> Iterator[None]:
+    """Put the memory format of every weight back at the end; one that is new gets the usual."""
+    last = {p for model in models for p in _kernels(model) if not p.is_contiguous()}
+    try:
+        yield
+    finally:
+        for p in (p for model in models for p in _kernels(model)):
+            wanted = torch.channels_last if p in last else torch.contiguous_format
+            p.data = p.data.contiguous(memory_format=wanted)
+
+
+def to_channels_last(model: nn.Module) -> None:
+    """As `Module.to` does it, which fails on a model with kernels of three dimensions."""
+    for p in _kernels(model):
+        p.data = p.data.contiguous(memory_format=torch.channels_last)
+
+
+def _kernels(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.dim() == 4]
+
+
 def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Device and floating dtype of the first parameter (or buffer); CPU and float32 without any."""
     for tensor in chain(model.parameters(), model.buffers()):

@@ -35,6 +35,7 @@ from pfsurgery.recover.state import (
     non_finite,
     restore_weights,
     same_buffers,
+    to_channels_last,
     whole_weights,
     write_weights,
 )
@@ -79,9 +80,9 @@ class Training:
             self.model, self.teacher, self.config, self.accelerator,
         )  # fmt: skip
         if config.channels_last:
-            model.to(memory_format=torch.channels_last)
+            to_channels_last(model)
             if teacher is not None:
-                teacher.to(memory_format=torch.channels_last)
+                to_channels_last(teacher)
         with ExitStack() as stack:
             trained = stack.enter_context(self._trained())
             if teacher is not None:
