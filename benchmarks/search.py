@@ -153,9 +153,7 @@ def searched(bench: Bench, budget: float, folder: Path) -> None:
 def drawn_at_random(bench: Bench, budget: float, draws: int) -> None:
     """Rows of networks whose sites take forms at random, within the budget."""
     policy = bench.policy(budget)
-    choices = read_choices(
-        bench.model, marker(bench.model, policy, None, None, None, None), bench.images, policy.forms
-    )
+    choices = read_choices(bench.model, marker(bench.model, policy), bench.images, policy.forms)
 
     def pick(options: Mapping[str, Sequence[Point]], allowed: float, seed: int) -> dict[str, int]:
         """Sites in random order take a random form of what is left, until no site can take more."""

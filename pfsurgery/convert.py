@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pfsurgery.errors import (
-    NoEffectWarning,
     PolicyError,
     ShapeError,
-    SurgeryError,
     UnsupportedSiteError,
 )
 from pfsurgery.example import Example, example_inputs
 from pfsurgery.modularise import modularise
-from pfsurgery.plan import Mixing, Plan, make_plan
-from pfsurgery.policy import DataPolicy, DevicePolicy, PolicyLike, Tell, get_policy
+from pfsurgery.modules import copied
+from pfsurgery.plan import Decision, Mixing, Plan, make_plan, warn_of_no_effect
+from pfsurgery.policy import KEEP, DataPolicy, DevicePolicy, PolicyLike, Tell, get_policy
 from pfsurgery.record import remember
 from pfsurgery.rewrite import apply_plan
 from pfsurgery.scan import refuse_wrapped, scan
 from pfsurgery.select import Patterns, Where
 from pfsurgery.shadow import dry_run
+from pfsurgery.sites import Convolution
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -88,30 +86,19 @@ def convert(
     out as it stands. Where nothing changes, a NoEffectWarning says so.
 
     The policy `budget(...)` is fitted to `images`: a few hundred to a few thousand unlabelled ones,
-    as batches (N, C, H, W), a `DataLoader` (labels are ignored) or a path. `tell` is then called
-    with a line of text for each step.
+    as batches (N, C, H, W), a `DataLoader` (labels are ignored) or a path. The first of them is
+    then the example, and `tell` is called with a line of text for each step.
     """
     if isinstance(policy, DataPolicy):
         _refuse_mixing(mixing)
-        marked = marker(model, policy, example, include, exclude, where)
-        fitted, carried_out = policy.convert(model, marked, images, tell)
+        fitted, carried_out = _fitted(model, policy, include, exclude, where, images, tell)
         remember(fitted, carried_out)
-        return cast(Model, fitted)
+        return fitted
     _refuse_images(images)
     chosen = _as_plan(model, policy, example, include, exclude, where, mixing)
     _check(model, chosen, example)
     with torch.inference_mode(False):
-        return _apply(_copied(model), chosen)
-
-
-def _copied(model: Model) -> Model:
-    try:
-        return copy.deepcopy(model)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise SurgeryError(
-            f"{type(model).__name__} cannot be copied: {error} Convert it in place with convert_, "
-            f"or, if a tensor's history is in the way, run it once under torch.no_grad() before."
-        ) from error
+        return _apply(copied(model), chosen)
 
 
 def convert_(
@@ -129,16 +116,34 @@ def convert_(
     """Convert `model` itself and return it; see `convert`. If it fails, the model is unchanged."""
     if isinstance(policy, DataPolicy):
         _refuse_mixing(mixing)
-        marked = marker(model, policy, example, include, exclude, where)
-        fitted, carried_out = policy.convert(model, marked, images, tell)
-        _apply(model, carried_out)
-        model.load_state_dict(fitted.state_dict())
+        fitted, carried_out = _fitted(model, policy, include, exclude, where, images, tell)
+        with torch.inference_mode(False):
+            _apply(model, carried_out)
+            model.load_state_dict(fitted.state_dict())
+        for name, parameter in fitted.named_parameters():
+            model.get_parameter(name).requires_grad_(parameter.requires_grad)
         return model
     _refuse_images(images)
     chosen = _as_plan(model, policy, example, include, exclude, where, mixing)
     _check(model, chosen, example)
     with torch.inference_mode(False):
         return _apply(model, chosen)
+
+
+def _fitted(
+    model: Model,
+    policy: DataPolicy,
+    include: Patterns,
+    exclude: Patterns,
+    where: Where | None,
+    images: Any,
+    tell: Tell,
+) -> tuple[Model, Plan]:
+    """A copy that is fitted to images, and the plan that was carried out."""
+    with torch.inference_mode(False):
+        marked = marker(model, policy, include, exclude, where)
+        fitted, carried_out = policy.convert(model, marked, images, tell)
+    return cast(Model, fitted), carried_out
 
 
 def _refuse_images(images: Any) -> None:
@@ -160,18 +165,28 @@ def _refuse_mixing(mixing: Mixing) -> None:
 def marker(
     model: nn.Module,
     policy: DataPolicy,
-    example: Example | None,
-    include: Patterns,
-    exclude: Patterns,
-    where: Where | None,
-) -> Callable[[Example], Plan]:
+    include: Patterns = None,
+    exclude: Patterns = None,
+    where: Where | None = None,
+) -> Callable[[Tensor], Plan]:
     """A function from an image to a plan: which sites `policy` may fit, why others are kept."""
 
-    def mark(image: Example) -> Plan:
-        sites = scan(model, image if example is None else example, pointwise=policy.pointwise)
-        return make_plan(sites, policy, include=include, exclude=exclude, where=where)
+    def mark(image: Tensor) -> Plan:
+        sites = scan(model, image, pointwise=policy.pointwise)
+        found = make_plan(sites, policy, include=include, exclude=exclude, where=where)
+        modules = model.named_modules(remove_duplicate=False)
+        convolutions = {name for name, module in modules if isinstance(module, Convolution)}
+        return Plan(found.policy, tuple(_kept_call(d, convolutions) for d in found))
 
     return mark
+
+
+def _kept_call(decision: Decision, convolutions: Collection[str]) -> Decision:
+    """A call of a function in a graph has no module that fitting could watch: it is kept."""
+    if not decision.replaced or decision.site.name in convolutions:
+        return decision
+    reason = "a call of a function in a graph is not fitted: convert it by a policy of rules"
+    return Decision(decision.site, KEEP, reason=reason)
 
 
 def _as_plan(
@@ -205,12 +220,7 @@ def _as_plan(
 def _check(model: nn.Module, chosen: Plan, example: Example | None) -> None:
     """Carry the plan out on a shadow of the model and compare what it returns."""
     if not chosen.replaced:
-        warnings.warn(
-            f"Policy {chosen.policy} changes nothing in {type(model).__name__}; "
-            f"pfsurgery.plan(model, policy) says why for each site.",
-            NoEffectWarning,
-            stacklevel=3,
-        )
+        warn_of_no_effect(model, chosen, stacklevel=4)
         return
     inputs = example_inputs(model, example)
     model = modularise(model)

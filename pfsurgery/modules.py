@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from typing import TypeVar
+
 from torch import nn
 
-from pfsurgery.errors import RecordMismatchError, closest
+from pfsurgery.errors import RecordMismatchError, SurgeryError, closest
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def get_module(model: nn.Module, path: str) -> nn.Module:
@@ -84,3 +89,19 @@ def gpus_of(*models: nn.Module) -> list[int]:
     return sorted(
         {p.device.index for m in models for p in m.parameters() if p.device.type == "cuda"}
     )
+
+
+def copied(model: Model) -> Model:
+    """A deep copy.
+
+    Raises:
+        SurgeryError: It cannot be made.
+    """
+    try:
+        return copy.deepcopy(model)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise SurgeryError(
+            f"{type(model).__name__} cannot be copied: {error} If a tensor's history is in the "
+            f"way, run the model once under torch.no_grad() before; a policy of rules can convert "
+            f"it in place, with convert_."
+        ) from error

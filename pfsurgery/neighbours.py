@@ -277,7 +277,7 @@ def _merge(node: fx.Node, seen: GraphView) -> str | None:
     while len(node.users) == 1:
         (user,) = node.users
         if _is(user, _ADDITIONS) and len(user.args) == 2:
-            readers = [reader for reader in user.users if reader.op == "call_module"]
+            readers = [r for r in user.users if r.op == "call_module" and r.args[:1] == (user,)]
             return str(readers[0].target) if readers else None
         plain_norm = _is_norm(user, seen) and not hasattr(seen.modules[_owner(user)], "act")
         if not plain_norm and not _is_drop(user, seen):

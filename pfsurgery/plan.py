@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pfsurgery.errors import PolicyError, UnsupportedSiteError
+from pfsurgery.errors import NoEffectWarning, PolicyError, UnsupportedSiteError
 from pfsurgery.ops import Op, Support, get_op
 from pfsurgery.policy import KEEP, Policy, Rule, SitePolicy, Tail
 from pfsurgery.select import Patterns, Where, check_patterns, matches
@@ -17,6 +18,7 @@ from pfsurgery.structure import Structure
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from torch import nn
 
 Mixing = Literal["auto", "never"]
 _FORMAT = 1
@@ -313,6 +315,16 @@ def _decision_from_dict(entry: dict[str, Any]) -> Decision:
     if decision.replaced and decision.structure is None:
         get_op(decision.op)
     return decision
+
+
+def warn_of_no_effect(model: nn.Module, plan: Plan, *, stacklevel: int) -> None:
+    """Say that `plan` replaces nothing; the level counts from here."""
+    warnings.warn(
+        f"Policy {plan.policy} changes nothing in {type(model).__name__}; "
+        f"pfsurgery.plan(model, policy) says why for each site.",
+        NoEffectWarning,
+        stacklevel=stacklevel,
+    )
 
 
 def make_plan(

@@ -196,7 +196,8 @@ def inherit(new: nn.Module, old: nn.Module) -> None:
 
 def _check_shape(decision: Decision, new: nn.Module) -> None:
     site = decision.site
-    source = torch.empty(site.input_shape, device="meta")
+    dtype = next((p.dtype for p in new.parameters() if p.is_floating_point()), None)
+    source = torch.empty(site.input_shape, device="meta", dtype=dtype)
     with torch.no_grad():
         made = on_meta(new)(source)
     shape = tuple((made[0] if isinstance(made, tuple) else made).shape)

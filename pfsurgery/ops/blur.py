@@ -36,28 +36,28 @@ class Blur(nn.Module):
             taps = _binomial(size).reshape(1, 1, *shape)
             self.register_buffer(f"taps{axis}", taps, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """The filtered input."""
         window = self.window
         # Under autocast the stock convolution would cast; a shadow's device has no autocast to ask.
-        if choice.why_stock(x) is None and not torch.is_autocast_enabled(x.device.type):
-            axes = window.axes(x, "binomial")
+        if choice.why_stock(input) is None and not torch.is_autocast_enabled(input.device.type):
+            axes = window.axes(input, "binomial")
             if axes is not None:
-                return functions.weighted_sum(x, *axes)
+                return functions.weighted_sum(input, *axes)
         mode = "replicate" if window.padding_mode == "zeros" else window.padding_mode
-        channels = x.shape[-1 - window.dims]
+        channels = input.shape[-1 - window.dims]
         convolve: Callable[..., Tensor] = _CONVOLVE[window.dims]
-        made = window.pad(x, mode=mode)
+        made = window.pad(input, mode=mode)
         # torch 2.14 convolves a single strided channel wrongly in channels_last; tracers see no int
         if type(channels) is int and channels == 1:
             made = made.clone(memory_format=torch.contiguous_format)
         for axis in range(window.dims):
-            taps: Tensor = getattr(self, f"taps{axis}").to(x.dtype)
+            taps: Tensor = getattr(self, f"taps{axis}").to(input.dtype)
             taps = taps.expand(channels, 1, *(-1 for _ in range(window.dims)))
             stride, dilation = ([1] * window.dims for _ in range(2))
             stride[axis], dilation[axis] = window.stride[axis], window.dilation[axis]
             made = convolve(made, taps, stride=stride, dilation=dilation, groups=channels)
-        return in_layout_of(x, made)
+        return in_layout_of(input, made)
 
     def extra_repr(self) -> str:
         """The window, for printing."""

@@ -63,15 +63,15 @@ class Bottleneck(nn.Module):
         """Pack the weights for the fused kernel once: it sees no later change of them."""
         self._frozen = self._packed()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """The bottleneck's output; with `relu`, negative numbers are raised to 0."""
-        if self._is_fused(x):
-            return self._kernel(x, self._frozen or self._packed(), relu=self.relu)
-        if self.on_gpu and self._is_in_gpu_kernel(x):
-            return self.in_gpu_kernel(x)
+        if self._is_fused(input):
+            return self._kernel(input, self._frozen or self._packed(), relu=self.relu)
+        if self.on_gpu and self._is_in_gpu_kernel(input):
+            return self.in_gpu_kernel(input)
         if self.reduce is not None:
-            x = self.reduce(x)
-        expanded: Tensor = self.expand(self._middle(x)) if self.waist else self._middle(x)
+            input = self.reduce(input)
+        expanded: Tensor = self.expand(self._middle(input)) if self.waist else self._middle(input)
         return F.relu(expanded) if self.relu else expanded
 
     @property

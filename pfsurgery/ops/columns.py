@@ -53,19 +53,19 @@ class Columns(nn.Module):
                     f"channels_{place}", torch.tensor(run.channels), persistent=False
                 )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """The columns, operation by operation or in the channels' order."""
-        padded = self.window.pad(x)
+        padded = self.window.pad(input)
         columns = []
         for place, run in enumerate(self.runs):
             if run.kind == "tap":
                 columns.append(self._channels(self.window.tap(padded, (run.top, run.left)), place))
             else:
-                columns.append(self._pooled(self._channels(x, place), run))
+                columns.append(self._pooled(self._channels(input, place), run))
         joined = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
         if self.order is not None:
             joined = joined.index_select(1, self.order)
-        return in_layout_of(x, joined)
+        return in_layout_of(input, joined)
 
     def times(self, x: Tensor, product: Tensor) -> Tensor:
         """The columns of (N, C, H, W) times a product (outputs, B): (N, outputs, H', W').

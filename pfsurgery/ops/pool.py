@@ -32,17 +32,17 @@ class MaxPool(nn.Module):
         super().__init__()
         self.window = window
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """The window's maximum for each channel."""
         window = self.window
-        if (axes := _axes(window, x, "none")) is not None:
-            return functions.max_pool(x, *axes)
+        if (axes := _axes(window, input, "none")) is not None:
+            return functions.max_pool(input, *axes)
         pool: Callable[..., Tensor] = _MAX[window.dims]
-        padded, padding = x, window.stock_padding
+        padded, padding = input, window.stock_padding
         if padding is None:
-            padded, padding = window.pad(x, value=-math.inf), (0,) * window.dims
+            padded, padding = window.pad(input, value=-math.inf), (0,) * window.dims
         made = pool(padded, window.kernel_size, window.stride, padding, window.dilation)
-        return in_layout_of(x, made)
+        return in_layout_of(input, made)
 
     def extra_repr(self) -> str:
         """The window, for printing."""
@@ -62,20 +62,20 @@ class AvgPool(nn.Module):
         super().__init__()
         self.window = window
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """The window's mean for each channel."""
         window = self.window
-        if (axes := _axes(window, x, "mean")) is not None:
-            return functions.weighted_sum(x, *axes)
+        if (axes := _axes(window, input, "mean")) is not None:
+            return functions.weighted_sum(input, *axes)
         pool: Callable[..., Tensor] = _MEAN[window.dims]
         padding = window.stock_padding
         if padding is not None:
-            made = pool(x, window.kernel_size, window.stride, padding, count_include_pad=False)
-            return in_layout_of(x, made)
-        means = in_layout_of(x, pool(window.pad(x), window.kernel_size, window.stride))
+            made = pool(input, window.kernel_size, window.stride, padding, count_include_pad=False)
+            return in_layout_of(input, made)
+        means = in_layout_of(input, pool(window.pad(input), window.kernel_size, window.stride))
         if window.padding_mode != "zeros":
             return means
-        ones = torch.ones_like(x.narrow(-1 - window.dims, 0, 1))
+        ones = torch.ones_like(input.narrow(-1 - window.dims, 0, 1))
         return means / pool(window.pad(ones), window.kernel_size, window.stride)
 
     def extra_repr(self) -> str:

@@ -38,20 +38,20 @@ class Shift(nn.Module):
             (tap, base + (i < rest)) for i, tap in enumerate(taps) if base + (i < rest)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Each group at its place."""
-        if choice.why_stock(x) is None:
-            given, wanted = x.shape[-1 - self.window.dims], sum(size for _, size in self.taps)
+        if choice.why_stock(input) is None:
+            given, wanted = input.shape[-1 - self.window.dims], sum(size for _, size in self.taps)
             if given != wanted:
                 raise ShapeError(f"A shift of {wanted} channels was given {given}.")
-            axes = self.window.axes(x, "none")
+            axes = self.window.axes(input, "none")
             if axes is not None:
-                return functions.shift(x, _groups(axes, self.taps))
-        padded = self.window.pad(x)
+                return functions.shift(input, _groups(axes, self.taps))
+        padded = self.window.pad(input)
         channels = -1 - self.window.dims
         groups = torch.split(padded, [size for _, size in self.taps], dim=channels)
         moved = [self.window.tap(groups[i], tap) for i, (tap, _) in enumerate(self.taps)]
-        return in_layout_of(x, torch.cat(moved, dim=channels))
+        return in_layout_of(input, torch.cat(moved, dim=channels))
 
     def extra_repr(self) -> str:
         """The window, for printing."""
@@ -75,10 +75,10 @@ class Subsample(nn.Module):
         super().__init__()
         self.window = window
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """A new tensor, so that a following in-place operation cannot reach the input."""
-        centre = self.window.tap(self.window.pad(x), self.window.center)
-        return in_layout_of(x, centre.clone())
+        centre = self.window.tap(self.window.pad(input), self.window.center)
+        return in_layout_of(input, centre.clone())
 
     def extra_repr(self) -> str:
         """The window, for printing."""
@@ -120,9 +120,9 @@ class IdentityOp(Op):
 class Copy(nn.Module):
     """The input as a new tensor, since what follows may change it in place."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """A copy of `x` (N, C, H, W)."""
-        return x.clone()
+    def forward(self, input: Tensor) -> Tensor:
+        """A copy of `input` (N, C, H, W)."""
+        return input.clone()
 
 
 register_op(ShiftOp())

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pfsurgery.plan import Plan
+from pfsurgery.plan import Plan, warn_of_no_effect
 from pfsurgery.policy import Rule, Tell
 from pfsurgery.recover.calibration import (
     calibration_batches,
@@ -47,13 +47,16 @@ class Bare:
         """A converted copy of `model` and the plan that was carried out; see `Budget.convert`."""
         batches, judges = hold_out(calibration_batches(images, model))
         plan = mark(batches[0][:1])
+        if not plan.replaced:
+            warn_of_no_effect(model, plan, stacklevel=5)
         teacher = frozen_copy(model)
         batches = in_fast_layout(teacher, batches)
         sites = [d.site for d in plan.replaced]
         chosen = {s.name: _option(s) for s in sites}
         student = copy.deepcopy(teacher)
         done = refit_in_order(teacher, student, sites, chosen, batches, tell, {})
-        polish(student, teacher, batches, judges, tell)
+        if done:
+            polish(student, teacher, batches, judges, tell)
         kept = "too many channels to choose all their operations together"
         return finished(model, student, self.name, plan, done, kept)
 

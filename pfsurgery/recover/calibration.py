@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from pfsurgery.batches import sample_images
 from pfsurgery.errors import DataError
+from pfsurgery.modules import copied
 
 _FEWEST = 64  # images of which a part is held out
 _IMAGE = 3 * 224 * 224
@@ -77,15 +77,26 @@ def as_batch(image: Tensor, batch: int) -> Tensor:
 
 def frozen_copy(model: nn.Module) -> nn.Module:
     """A copy of `model` in eval mode whose parameters need no gradients."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
+    return copied(model).eval().requires_grad_(False)
 
 
 def dressed(student: nn.Module, model: nn.Module) -> nn.Module:
-    """The student with the train flags and gradient flags of the model."""
+    """The student with the train flags and gradient flags of the model.
+
+    What is new has those of what it replaced: a module, and that module's weight.
+    """
     flags = {name: module.training for name, module in model.named_modules()}
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
     for name, module in student.named_modules():
-        module.training = flags.get(name, model.training)
+        module.training = flags[_nearest(name, flags)]
     for name, parameter in student.named_parameters():
-        parameter.requires_grad_(trained.get(name, True))
+        own = f"{_nearest(name, flags)}.weight"
+        parameter.requires_grad_(trained.get(name, trained.get(own, True)))
     return student
+
+
+def _nearest(name: str, modules: Mapping[str, bool]) -> str:
+    """The path of the module of the original that `name` is, or lies in."""
+    while name not in modules:
+        name = name.rpartition(".")[0]
+    return name

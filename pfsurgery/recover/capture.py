@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from pfsurgery.errors import UnsupportedSiteError
 
@@ -15,6 +17,19 @@ Side = Literal["input", "output"]
 
 class _Done(Exception):
     """All that was asked for has been seen; the rest of the forward pass is not needed."""
+
+
+def first_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The first argument of a call, which may be named."""
+    first: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return first
+
+
+def on_input(module: nn.Module, take: Callable[[Tensor], None]) -> RemovableHandle:
+    """Call `take` with what each call of `module` reads."""
+    return module.register_forward_pre_hook(
+        lambda _, args, kwargs: take(first_of(args, kwargs)), with_kwargs=True
+    )
 
 
 @torch.no_grad()
@@ -59,9 +74,7 @@ def capture(
     for key, (path, side) in wanted.items():
         module = model.get_submodule(path)
         if side == "input":
-            handles.append(
-                module.register_forward_pre_hook(lambda _, args, key=key: keep(key, args[0]))
-            )
+            handles.append(on_input(module, partial(keep, key)))
         else:
             handles.append(module.register_forward_hook(lambda _, __, out, key=key: keep(key, out)))
     try:

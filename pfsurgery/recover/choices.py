@@ -111,7 +111,8 @@ def carry_out(
     """
     student = copy.deepcopy(choices.teacher)
     done = edit(choices, student, choices.sites, places, tell)
-    polish(student, choices.teacher, choices.batches, choices.judges, tell)
+    if done:
+        polish(student, choices.teacher, choices.batches, choices.judges, tell)
     return student, done
 
 

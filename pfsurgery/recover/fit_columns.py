@@ -84,12 +84,12 @@ def select_columns(
             free &= exclusive != exclusive[j]
         order.append(j)
         removed.append(share.square().sum())
+    if not order:  # all columns are zero, and any of them stands for all
+        one = torch.ones(1, 1, dtype=torch.float64)
+        return Selection(torch.zeros(1, dtype=torch.long), one, one.new_zeros(1))
     index = torch.tensor(order, dtype=torch.long)
-    return Selection(
-        index,
-        basis[: len(order)][:, index].T.contiguous().double(),
-        torch.stack(removed).double().cumsum(0) if removed else gram.new_zeros(0).double(),
-    )
+    factor = basis[: len(order)][:, index].T.contiguous().double()
+    return Selection(index, factor, torch.stack(removed).double().cumsum(0))
 
 
 def _total(moments: Moments, weights: Tensor) -> float:

@@ -27,7 +27,8 @@ def cholesky(gram: Tensor, ridge: float = RIDGE) -> Tensor:
             "Second moments are not finite: look for NaN or very large values in the images, or "
             "for an overflow in the network."
         )
-    scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=torch.finfo(gram.dtype).tiny)
+    scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+    scale = torch.where(scale > 0, scale, 1.0)  # of a matrix of zeros
     while True:
         factor: Tensor
         info: Tensor

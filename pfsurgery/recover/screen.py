@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from pfsurgery.recover.capture import on_input
 from pfsurgery.recover.columns import Operation
 from pfsurgery.recover.fit import Fit
 from pfsurgery.recover.gram import MomentSum, sample_positions
@@ -72,10 +74,7 @@ def screens(
         sums[name].add((rows if kept is None else rows[kept.to(rows.device)]).cpu())
 
     handles = [
-        model.get_submodule(site.name).register_forward_pre_hook(
-            lambda _, args, name=site.name: add(name, args[0])
-        )
-        for site, _, _ in wide
+        on_input(model.get_submodule(site.name), partial(add, site.name)) for site, _, _ in wide
     ]
     try:
         with torch.no_grad():

@@ -16,7 +16,7 @@ from pfsurgery.plan import Decision, decide
 from pfsurgery.policy import Rule, Tell
 from pfsurgery.recover.behind import aim_behind, refit_behind
 from pfsurgery.recover.build import bare_structure, op_of, set_weights, structure_of
-from pfsurgery.recover.capture import capture
+from pfsurgery.recover.capture import capture, first_of
 from pfsurgery.recover.channels import ChannelFit, ChannelSums, fold_into_norm
 from pfsurgery.recover.columns import Operation, kernel_columns
 from pfsurgery.recover.fit_columns import fit_bare
@@ -32,7 +32,6 @@ from pfsurgery.recover.target import (
     POSITIONS,
     ROWS_MEMORY,
     Readout,
-    channel_operations,
     goal_rows,
     readout_of,
     refit_moments,
@@ -174,7 +173,8 @@ def site_readout(teacher: nn.Module, site: Site) -> Readout:
 
 def reuse(site: Site) -> float:
     """Input positions for each output position."""
-    return float(site.geometry.stride[0] * site.geometry.stride[1])
+    (height, width), (rows, columns) = site.input_shape[-2:], site.output_shape[-2:]
+    return height * width / (rows * columns)
 
 
 def fitting_problem(
@@ -229,7 +229,7 @@ def _place_bare(
     site, layer, student = aim.site, _layer_behind(aim.site), front.network
     ops, around = site_operations(site), neighbours_of_module(layer, seen)
     if site.kind == "depthwise":
-        ops = channel_operations(site)
+        ops = site_operations(site)
         found = _channel_refit(teacher, front, site)
         if site.neighbours.norm is not None:
             fold_into_norm(student.get_submodule(site.neighbours.norm), found)
@@ -265,7 +265,7 @@ def channel_fits(
     model: nn.Module, sites: Sequence[Site], batches: Sequence[Tensor]
 ) -> dict[str, ChannelFit]:
     """The best operation for each channel of depthwise sites, in one pass over the images."""
-    sums = {s.name: ChannelSums(len(channel_operations(s)), s.geometry.in_channels) for s in sites}
+    sums = {s.name: ChannelSums(len(site_operations(s)), s.geometry.in_channels) for s in sites}
     generator = torch.Generator().manual_seed(0)
     images = sum(len(batch) for batch in batches)
 
@@ -274,7 +274,8 @@ def channel_fits(
 
     handles = [
         model.get_submodule(site.name).register_forward_hook(
-            lambda _, args, out, site=site: add(site, args[0], out)
+            lambda _, args, kwargs, out, site=site: add(site, first_of(args, kwargs), out),
+            with_kwargs=True,
         )
         for site in sites
     ]
@@ -290,7 +291,7 @@ def channel_fits(
 
 def _channel_refit(teacher: nn.Module, front: Front, site: Site) -> ChannelFit:
     """The best operation for each channel, with inputs from the edited network."""
-    sums = ChannelSums(len(channel_operations(site)), site.geometry.in_channels)
+    sums = ChannelSums(len(site_operations(site)), site.geometry.in_channels)
     generator = torch.Generator().manual_seed(0)
     images = sum(len(batch) for batch in front.batches)
     read = front.captures(site.name, {"x": (site.name, "input")})
@@ -306,4 +307,4 @@ def _add_channels(
     number = len(y) * y.shape[2] * y.shape[3]
     chosen = sample_positions(number, max(1, round(POSITIONS * len(x) / images)), generator)
     where = None if chosen is None else chosen.to(x.device)
-    sums.add(x, y, site_window(site), channel_operations(site), where)
+    sums.add(x, y, site_window(site), site_operations(site), where)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pfsurgery.errors import DataError
-from pfsurgery.recover.capture import Side, capture
+from pfsurgery.recover.capture import Side, capture, on_input
 from pfsurgery.recover.columns import Operation, Window, column_rows, operations
 from pfsurgery.recover.front import Front
 from pfsurgery.recover.gram import Moments, MomentSum, sample_positions
@@ -79,14 +80,7 @@ def site_window(site: Site) -> Window:
 
 
 def site_operations(site: Site) -> tuple[Operation, ...]:
-    """The taps that a site's columns may be, every tap of a kernel up to 3x3, then averages."""
-    window = site_window(site)
-    pools = site.geometry.dilation == (1, 1)
-    return tuple(op for op in operations(window, pools=pools) if op.linear)
-
-
-def channel_operations(site: Site) -> tuple[Operation, ...]:
-    """What a channel of a depthwise site may become: every tap, every centred average."""
+    """What a channel of a site may become: every tap of the kernel, every centred average."""
     reach = max(site.geometry.kernel_size) // 2
     pools = site.geometry.dilation == (1, 1)
     return tuple(op for op in operations(site_window(site), reach=reach, pools=pools) if op.linear)
@@ -163,9 +157,7 @@ def input_moments(
             sums[place].add(rows.cpu())
 
     handles = [
-        model.get_submodule(site.name).register_forward_pre_hook(
-            lambda _, args, place=place: add(place, args[0])
-        )
+        on_input(model.get_submodule(site.name), partial(add, place))
         for place, site in enumerate(sites)
     ]
     try:

@@ -14,7 +14,6 @@ from torch import nn
 from pfsurgery.convert import marker
 from pfsurgery.digests import digest, digest_of_images
 from pfsurgery.errors import PolicyError, needs
-from pfsurgery.example import Example
 from pfsurgery.policy import Tell
 from pfsurgery.recover.budget import Budget
 from pfsurgery.recover.choices import Choices, Places, halved, read_choices
@@ -57,7 +56,6 @@ def search(
     *,
     ops: Sequence[str] = OPS,
     validate: Callable[[nn.Module], float] | None = None,
-    example: Example | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
     out: str | Path | None = None,
@@ -85,7 +83,6 @@ def search(
         images: A few hundred to a few thousand unlabelled images.
         ops: Ops that are not fitted and compete too.
         validate: Accuracy in percent of a model, if labels are at hand; it is only reported.
-        example: As for `pfsurgery.plan`.
         include: Patterns of the sites that may change.
         exclude: Patterns of sites that are kept.
         out: Folder for `search.json`, and for what was measured, with which a search that was
@@ -99,7 +96,7 @@ def search(
     with needs("study", "Search by a programme"):
         import_module("scipy.optimize")  # missing, it is told before hours of measuring
     folder = _noted(model, policy, out)
-    choices, equal = _competing(model, policy, images, ops, example, include, exclude, tell)
+    choices, equal = _competing(model, policy, images, ops, include, exclude, tell)
     times = cache(lambda: site_times(choices, policy.batch))
     alone = measured_alone(choices, times, policy.batch, folder, tell)
     harm = damages_alone(choices, alone)
@@ -146,7 +143,6 @@ def search_front(
     storage: str | Path | None = None,
     ops: Sequence[str] = OPS,
     validate: Callable[[nn.Module], float] | None = None,
-    example: Example | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
     out: str | Path | None = None,
@@ -168,7 +164,6 @@ def search_front(
         storage: See `pfsurgery.study.optuna_search.open_study`; by default `optuna.db` in `out`.
         ops: Ops that are not fitted and compete too.
         validate: Accuracy in percent of a model, if labels are at hand; it is only reported.
-        example: As for `pfsurgery.plan`.
         include: Patterns of the sites that may change.
         exclude: Patterns of sites that are kept.
         out: Folder for `search.json`, the storage, what was measured, and `optuna.html`, Optuna's
@@ -185,7 +180,7 @@ def search_front(
     folder = _noted(model, policy, out)
     if storage is None and folder is None:
         raise PolicyError("A search with Optuna needs a place for its trials: give out or storage.")
-    choices, _ = _competing(model, policy, images, ops, example, include, exclude, tell)
+    choices, _ = _competing(model, policy, images, ops, include, exclude, tell)
     setting = {
         "model": digest(choices.teacher),
         "images": digest_of_images([*choices.batches, *choices.judges]),
@@ -244,7 +239,6 @@ def _competing(
     policy: Budget,
     images: Any,
     ops: Sequence[str],
-    example: Example | None,
     include: Patterns,
     exclude: Patterns,
     tell: Tell,
@@ -254,7 +248,7 @@ def _competing(
     Raises:
         PolicyError: There is nothing to choose, or not even all forms can meet it.
     """
-    mark = policy.checked(model, marker(model, policy, example, include, exclude, None))
+    mark = policy.checked(model, marker(model, policy, include, exclude))
     choices = read_choices(model, mark, images, policy.forms, tell)
     if not choices.sites:
         raise PolicyError(

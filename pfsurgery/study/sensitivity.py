@@ -15,7 +15,6 @@ from torch import nn
 from pfsurgery.convert import marker
 from pfsurgery.digests import digest, digest_of_images
 from pfsurgery.errors import SurgeryError
-from pfsurgery.example import Example
 from pfsurgery.graph import GraphView
 from pfsurgery.measure.latency import latency
 from pfsurgery.optimize import optimize
@@ -84,7 +83,6 @@ def sensitivity(
     fitted: int = 4,
     batch: int = 8,
     validate: Callable[[nn.Module], float] | None = None,
-    example: Example | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
     out: str | Path | None = None,
@@ -103,7 +101,6 @@ def sensitivity(
         fitted: Most bottlenecks fitted to the images at each site, from cheap to good; 0 for none.
         batch: Images of a timed batch.
         validate: Accuracy in percent of a model, if labels are at hand.
-        example: As for `pfsurgery.plan`.
         include: Patterns of the sites that are measured.
         exclude: Patterns of sites that are not.
         out: Folder for `sensitivity.jsonl`, one line an option, written as each site is done. A run
@@ -119,7 +116,7 @@ def sensitivity(
     """
     folder = None if out is None else Path(out)
     policy = budget(macs="50%")
-    mark = marker(model, policy, example, include, exclude, None)
+    mark = marker(model, policy, include, exclude)
     choices = read_choices(model, mark, images, policy.forms if fitted else (), tell)
     rivals = with_unfitted(on_hull(choices, fitted, policy.cost), ops)
     if folder is not None and _is_first():
