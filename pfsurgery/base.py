@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -28,11 +28,18 @@ class Base:
         library: `"timm"` or `"torchvision"`.
         name: The model's name there.
         kwargs: Keyword arguments of its factory, JSON-ready.
+        tag: Which of its trained weights, where timm has several; empty for the library's choice.
     """
 
     library: Literal["timm", "torchvision"]
     name: str
     kwargs: dict[str, Any] = field(default_factory=dict)
+    tag: str = ""
+
+    @property
+    def weights(self) -> str:
+        """The name that the library knows the trained weights by."""
+        return f"{self.name}.{self.tag}" if self.tag else self.name
 
     def build(self) -> nn.Module:
         """The model with fresh weights.
@@ -57,7 +64,8 @@ class Base:
 
     def to_dict(self) -> dict[str, Any]:
         """The base as JSON-ready values."""
-        return {"library": self.library, "name": self.name, "kwargs": self.kwargs}
+        values = {"library": self.library, "name": self.name, "kwargs": self.kwargs}
+        return values | ({"tag": self.tag} if self.tag else {})
 
 
 def _build_timm(base: Base) -> nn.Module:
@@ -110,14 +118,13 @@ def base_of(model: nn.Module) -> Base | None:
     noted = model.__dict__.get(_ATTRIBUTE)
     if isinstance(noted, Base):
         now = _timm_kwargs(model) if noted.library == "timm" else {}
-        return Base(noted.library, noted.name, {**noted.kwargs, **now})
+        return replace(noted, kwargs={**noted.kwargs, **now})
     if type(model).__name__.startswith("Feature"):
         return None  # timm's feature extractors keep a part of the model that the name stands for
     config = getattr(model, "pretrained_cfg", None)
-    name = config.get("architecture") if isinstance(config, dict) else None
-    if not name:
+    if not isinstance(config, dict) or not (name := config.get("architecture")):
         return None
-    return Base("timm", name, _timm_kwargs(model))
+    return Base("timm", name, _timm_kwargs(model), config.get("tag") or "")
 
 
 def _timm_kwargs(model: nn.Module) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def _hub_fits(base: Base) -> bool:
         return True
     import timm
 
-    config = timm.get_pretrained_cfg(base.name)
+    config = timm.get_pretrained_cfg(base.weights)
     return config is not None and bool(config.num_classes == classes)
 
 
@@ -130,7 +130,7 @@ def _pretrained(base: Base) -> nn.Module:
         if base.library == "timm":
             import timm
 
-            model: nn.Module = timm.create_model(base.name, pretrained=True, **base.kwargs)
+            model: nn.Module = timm.create_model(base.weights, pretrained=True, **base.kwargs)
         else:
             import torchvision
 
@@ -138,7 +138,7 @@ def _pretrained(base: Base) -> nn.Module:
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise SurgeryError(
-            f"The trained weights of {base.name} cannot be had ({type(error).__name__}: "
+            f"The trained weights of {base.weights} cannot be had ({type(error).__name__}: "
             f"{reason[0] if reason else 'no details'}). Without a connection to the hub, pass "
             f"--checkpoint FILE (checkpoint= in Python), or --no-pretrained for random weights."
         ) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -138,14 +138,30 @@ def check_same(path: Path, now: Mapping[str, Any], *, free: Collection[str] = ()
         TrainingError: Another field differs; the message names it and both values.
     """
     then = read_json(path) if path.exists() else now
+    _refuse_other(path, then, now, [name for name in {**now, **then} if name not in free])
+    write_json(path, now)
+
+
+def refuse_other(path: Path, known: Mapping[str, Any]) -> None:
+    """`check_same` for what is known of a setting before the rest is; nothing is written.
+
+    Raises:
+        TrainingError: A field differs.
+    """
+    if path.exists():
+        _refuse_other(path, read_json(path), known, known)
+
+
+def _refuse_other(
+    path: Path, then: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]
+) -> None:
     differing = [
         f"{name} (then {then.get(name)!r}, now {now.get(name)!r})"
-        for name in dict.fromkeys((*now, *then))
-        if then.get(name) != now.get(name) and name not in free
+        for name in names
+        if then.get(name) != now.get(name)
     ]
     if differing:
         raise TrainingError(
             f"{path.parent} holds a run of another setting; different are: "
             f"{', '.join(differing)}. Go on with the same setting, or choose another folder."
         )
-    write_json(path, now)

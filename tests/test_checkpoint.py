@@ -15,6 +15,7 @@ from torch import nn
 
 from pfsurgery import Base, Policy, Rule, convert, convert_, load, record, save, set_base
 from pfsurgery.errors import RecordMismatchError, SurgeryError, UnknownNameError
+from pfsurgery.models import open_original
 from tests import zoo
 
 
@@ -76,6 +77,12 @@ def test_a_base_that_cannot_be_built_without_values_comes_back(tmp_path):
     x = torch.randn(1, 3, 64, 64)
     converted = convert(model, "maxpool_all", example=x)
     assert torch.equal(load(save(converted, tmp_path))(x), converted(x))
+
+
+def test_the_original_is_asked_for_with_the_weights_that_were_converted(tmp_path):
+    fast = convert(timm.create_model("resnet18.tv_in1k"), "shift_all")
+    with pytest.raises(SurgeryError, match=r"trained weights of resnet18\.tv_in1k"):
+        open_original(load(save(fast, tmp_path)))
 
 
 def test_without_a_base_it_asks_for_one(tmp_path):

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from pfsurgery import budget, convert, list_policies, load, plan, record, search, sensitivity
 from pfsurgery.cli import app
 from pfsurgery.digests import digest_of_images
-from pfsurgery.errors import PolicyError, SurgeryError
+from pfsurgery.errors import PolicyError, SurgeryError, TrainingError
 from pfsurgery.measure import count
 from pfsurgery.recover.hull import spend
 from pfsurgery.recover.options import Option
@@ -106,6 +106,21 @@ def test_each_site_is_measured_alone_and_a_stopped_run_goes_on(images, tmp_path)
     (tmp_path / LINES).write_text('{"site": 1}\n')
     with pytest.raises(SurgeryError, match="line 1"):
         read_sensitivity(tmp_path)
+
+
+def test_a_run_is_not_touched_by_one_that_is_refused(images, tmp_path):
+    model = trained_like()
+    sensitivity(model, images, ops=OPS, fitted=0, include="conv1", out=tmp_path)
+    before = (tmp_path / "run.json").read_text()
+    told = []
+    with pytest.raises(TrainingError, match="another setting; different are: timed"):
+        search(model, budget(macs="60%"), images, ops=OPS, out=tmp_path, tell=told.append)
+    assert not told  # it is refused before anything is read
+    with pytest.raises(PolicyError, match="Ask for more"):
+        search(model, budget(macs=1), images, ops=OPS, out=tmp_path / "other")
+    assert not (tmp_path / "other" / "run.json").exists()
+    assert (tmp_path / "run.json").read_text() == before
+    write_report(tmp_path)
 
 
 def test_labels_give_accuracies(images):

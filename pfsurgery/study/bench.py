@@ -27,7 +27,7 @@ from pfsurgery.run_folder import write_json
 from pfsurgery.sites import Site
 from pfsurgery.study.damage import Judge, judge_of
 from pfsurgery.study.known import Known, named_options
-from pfsurgery.study.sensitivity import Sensitivity, measured
+from pfsurgery.study.sensitivity import ALONE, Sensitivity, measured
 
 RESULT = "search.json"
 Alone = Mapping[tuple[str, str], Sensitivity]  # by site and option
@@ -201,7 +201,7 @@ def measured_alone(
         known, ms = choices.options[site.name], times()[site.name]
         return [ms[0] - ms[known.index(option)] for option in options]
 
-    rows = measured(choices, gains, "site alone", batch, None, folder, tell)
+    rows = measured("search", choices, gains, ALONE, batch, None, folder, tell)
     return {(row.site, row.op): row for row in rows}
 
 

@@ -18,7 +18,6 @@ from pfsurgery.policy import Tell
 from pfsurgery.recover.budget import Budget
 from pfsurgery.recover.choices import Choices, Places, halved, read_choices
 from pfsurgery.recover.device import site_times
-from pfsurgery.run_folder import note_run
 from pfsurgery.select import Patterns
 from pfsurgery.study.bench import (
     Bench,
@@ -41,6 +40,7 @@ from pfsurgery.study.optuna_search import (
     open_study,
 )
 from pfsurgery.study.programme import programme
+from pfsurgery.study.sensitivity import ALONE, begun
 
 OPS = ("max_pool", "avg_pool")
 _FITTED = 12  # bottlenecks of a site that compete
@@ -95,7 +95,7 @@ def search(
     """
     with needs("study", "Search by a programme"):
         import_module("scipy.optimize")  # missing, it is told before hours of measuring
-    folder = _noted(model, policy, out)
+    folder = _begun(model, policy, out)
     choices, equal = _competing(model, policy, images, ops, include, exclude, tell)
     times = cache(lambda: site_times(choices, policy.batch))
     alone = measured_alone(choices, times, policy.batch, folder, tell)
@@ -177,7 +177,7 @@ def search_front(
     """
     with needs("study", "Search with Optuna"):
         import_module("plotly")  # missing, it is told before hours of measuring
-    folder = _noted(model, policy, out)
+    folder = _begun(model, policy, out)
     if storage is None and folder is None:
         raise PolicyError("A search with Optuna needs a place for its trials: give out or storage.")
     choices, _ = _competing(model, policy, images, ops, include, exclude, tell)
@@ -221,17 +221,14 @@ def search_front(
     return found(model, policy, choices, bench, made, [*others, made.point], alone, folder)
 
 
-def _noted(model: nn.Module, policy: Budget, out: str | Path | None) -> Path | None:
-    """The run folder, with what is known of the run so far."""
+def _begun(model: nn.Module, policy: Budget, out: str | Path | None) -> Path | None:
+    """The run folder."""
     if policy.max_drop is not None:
         raise PolicyError(
             "A search spends macs, params or latency. For a drop of accuracy convert with "
             "budget(max_drop=..., validate=...)."
         )
-    if out is None:
-        return None
-    note_run(out, "search", model=model)
-    return Path(out)
+    return None if out is None else begun(out, model, ALONE, policy.batch, None)
 
 
 def _competing(

@@ -27,13 +27,15 @@ from pfsurgery.recover.logs import cut_log, json_lines, read_lines
 from pfsurgery.recover.options import Option
 from pfsurgery.recover.processes import join_processes
 from pfsurgery.recover.progress import tracked
-from pfsurgery.run_folder import SETTING, check_same, note_run
+from pfsurgery.recover.state import writable_folder
+from pfsurgery.run_folder import SETTING, Kind, check_same, note_run, refuse_other
 from pfsurgery.select import Patterns
 from pfsurgery.sites import Site
 from pfsurgery.study.competitors import on_hull, with_unfitted
 from pfsurgery.study.damage import damages, judge_of, seen_of
 
 LINES = "sensitivity.jsonl"
+WHOLE, ALONE = "whole network", "site alone"  # what is timed
 OPS = ("max_pool", "avg_pool", "shift", "identity")
 # Rounds of timing the original and the changed network in turns; long ones are less noisy.
 _ROUNDS = (5, 15)
@@ -114,18 +116,45 @@ def sensitivity(
         SurgeryError: The model has no sites, the images do not fit, or `out` cannot be written or
             holds a damaged line.
     """
-    folder = None if out is None else Path(out)
+    folder = None if out is None else begun(out, model, WHOLE, batch, validate)
     policy = budget(macs="50%")
     mark = marker(model, policy, include, exclude)
     choices = read_choices(model, mark, images, policy.forms if fitted else (), tell)
     rivals = with_unfitted(on_hull(choices, fitted, policy.cost), ops)
-    if folder is not None and _is_first():
-        note_run(folder, "sensitivity", model=model)
     gains = partial(_times_saved, rivals, batch=batch)
-    return ranked(measured(rivals, gains, "whole network", batch, validate, folder, tell))
+    return ranked(measured("sensitivity", rivals, gains, WHOLE, batch, validate, folder, tell))
+
+
+def begun(
+    out: str | Path,
+    model: nn.Module,
+    timed: str,
+    batch: int,
+    validate: Callable[[nn.Module], float] | None,
+) -> Path:
+    """The run folder, which is refused here, before hours of fitting, if it is another run's.
+
+    Raises:
+        TrainingError: It holds a run of another setting, or cannot be written to.
+    """
+    folder = writable_folder(out)
+    refuse_other(folder / SETTING, _setting(model, timed, batch, validate))
+    return folder
+
+
+def _setting(
+    model: nn.Module, timed: str, batch: int, validate: Callable[[nn.Module], float] | None
+) -> dict[str, Any]:
+    return {
+        "model": digest(model),
+        "batch": batch,
+        "timed": timed,
+        "validated": validate is not None,
+    }
 
 
 def measured(
+    kind: Kind,
     choices: Choices,
     gains: Gains,
     timed: str,
@@ -137,6 +166,7 @@ def measured(
     """A row for each option of each site, in the order of the sites; what is known is not repeated.
 
     Args:
+        kind: What the run folder is of.
         choices: The original and the options of its sites.
         gains: The ms that each of some options of a site saves.
         timed: What `gains` times, in words.
@@ -149,15 +179,11 @@ def measured(
     rows: list[Sensitivity] = []
     write = json_lines(None if folder is None else folder / LINES)
     if folder is not None:
-        setting = {
-            "model": digest(choices.teacher),
-            "images": digest_of_images([*choices.batches, *choices.judges]),
-            "batch": batch,
-            "timed": timed,
-            "validated": validate is not None,
-        }
+        images = digest_of_images([*choices.batches, *choices.judges])
+        setting = _setting(choices.teacher, timed, batch, validate) | {"images": images}
         if _is_first():
             check_same(folder / SETTING, setting)
+            note_run(folder, kind, model=choices.teacher)
             cut_log(folder / LINES, 0)  # drops what a killed write left of a line
         _meet()
         rows += read_sensitivity(folder)
