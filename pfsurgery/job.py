@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,10 +22,11 @@ from pfsurgery.card import write_card
 from pfsurgery.checkpoint import load, save
 from pfsurgery.convert import convert
 from pfsurgery.digests import digest
+from pfsurgery.errors import SurgeryError
 from pfsurgery.files import write_text
 from pfsurgery.measure import Comparison, compare
 from pfsurgery.plan import Plan
-from pfsurgery.policy import DataPolicy, Tell
+from pfsurgery.policy import DataPolicy, DevicePolicy, Tell, get_policy
 from pfsurgery.record import record, remember_instead
 from pfsurgery.recover import (
     Accuracy,
@@ -42,7 +43,7 @@ from pfsurgery.recover.finetune import check_run
 from pfsurgery.recover.processes import first_process_first, training_device
 from pfsurgery.recover.state import keep_train_flags, placement, writable_folder
 from pfsurgery.recover.stop import workers_outlive_sigterm
-from pfsurgery.run_folder import MODEL_FOLDER, SETTING, check_same, note_run, write_json
+from pfsurgery.run_folder import MODEL_FOLDER, RUN, SETTING, check_same, note_run, write_json
 from pfsurgery.select import Patterns, as_patterns
 
 if TYPE_CHECKING:
@@ -193,7 +194,8 @@ def run_job(
             if first:
                 asked = _asked(original, policy, images, include, exclude)
                 _begin(folder, asked, continued)
-                note_run(folder, "finetune", model=original)
+                if not (continued and (folder / RUN).exists()):
+                    note_run(folder, "finetune", model=original)
             if continued:
                 tell("taking over what was converted before")
                 fast = _converted(folder / _CONVERTED_FOLDER, original)
@@ -211,13 +213,12 @@ def run_job(
         for loader in (train, val):
             release_workers(loader)  # they hold what this process held when they began
         tell("fine-tuning")
-        started = time.perf_counter()
         result = finetune(
             fast, train=train, val=val, teacher=original, config=config, out=folder, resume=resume
         )
         _take_best(fast, result)
         assert result.best is not None
-        steps.append(Step("fine-tuned", result.best, time.perf_counter() - started))
+        steps.append(Step("fine-tuned", result.best, result.seconds))
         fast.eval()
         original.eval()
         tell("measuring")
@@ -249,16 +250,23 @@ def _asked(
     exclude: Patterns,
 ) -> dict[str, Any]:
     """What `converted/` was made from, for a run that is continued."""
-    plan = hashlib.sha256(policy.to_json().encode()) if isinstance(policy, Plan) else None
     return {
         "model": digest(original),
         "policy": policy.policy if isinstance(policy, Plan) else policy.name,
-        "plan": None if plan is None else plan.hexdigest()[:16],
+        "plan": _digest_of(policy) if isinstance(policy, Plan) else None,
         "pointwise": not isinstance(policy, Plan) and policy.pointwise,
         "images": images,
         "include": list(as_patterns(include)),
         "exclude": list(as_patterns(exclude)),
     }
+
+
+def _digest_of(plan: Plan) -> str | None:
+    """None where the policy measures: it would not plan the same again."""
+    with suppress(SurgeryError):  # the policy may be the caller's own
+        if isinstance(get_policy(plan.policy), DevicePolicy):
+            return None
+    return hashlib.sha256(plan.to_json().encode()).hexdigest()[:16]
 
 
 def _begin(folder: Path, asked: Mapping[str, Any], continued: bool) -> None:

@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,12 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import save_file
+from torch.utils.data import TensorDataset
 
-from pfsurgery import load, push
+from pfsurgery import Plan, load, plan, push
 from pfsurgery.checkpoint import CONFIG
 from pfsurgery.errors import RecordMismatchError, SurgeryError, TrainingError
+from pfsurgery.job import run_job
 from pfsurgery.recover import FinetuneConfig
 from pfsurgery.recover.config_file import read_config, write_config
 from tests import test_cli
@@ -236,8 +239,12 @@ def test_a_run_is_continued(cli, folder, tmp_path):
     before = (out / "steps.json").read_text()
     plan = json.loads((out / "plan.json").read_text())
     card = (out / "model" / "README.md").read_text()
+    run, report = (out / "run.json").read_text(), json.loads((out / "report.json").read_text())
     result = cli(*args, "--resume")
     assert result.code == 0, result.err
+    assert (out / "run.json").read_text() == run
+    again = json.loads((out / "report.json").read_text())
+    assert again["steps"][-1]["seconds"] > 0.9 * report["steps"][-1]["seconds"]
     assert (out / "steps.json").read_text() == before
     assert json.loads((out / "plan.json").read_text()) == plan
     assert "keep" in {decision["op"] for decision in plan["decisions"]}
@@ -254,6 +261,29 @@ def test_a_run_is_continued(cli, folder, tmp_path):
     assert other.code == 2
     assert "policy (then 'maxpool_deep', now 'shift_all')" in other.err
     assert "maxpool_deep" in json.loads((out / "run.json").read_text())["command"]
+
+
+def test_a_run_of_a_policy_that_measures_is_continued(tmp_path):
+    """What it measures, and so its plan, is never the same twice."""
+    model = timm.create_model("test_resnet", num_classes=2).eval()
+    images = TensorDataset(torch.randn(8, 3, 32, 32), torch.arange(8) % 2)
+    planned = plan(model, "maxpool_all", example=torch.zeros(1, 3, 32, 32))
+    plans = [
+        Plan(name, tuple(replace(d, reason=f"{ms} ms") for d in planned))
+        for name in ("fastest", "mine")
+        for ms in (1, 2)
+    ]
+    for first, second, refused in ((*plans[:2], False), (*plans[2:], True)):
+        out = tmp_path / first.policy
+        short = FinetuneConfig(batch_size=4, max_steps=1)
+        job = partial(run_job, model, train=images, val=images, out=out, config=short, images=8)
+        job(first)
+        if refused:
+            with pytest.raises(TrainingError, match="plan"):
+                job(second, resume=True)
+        else:
+            _, report = job(second, resume=True)
+            assert {d.reason for d in report.plan.replaced} == {"1 ms"}
 
 
 def test_the_signal_to_a_whole_group_saves_and_ends(folder, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -89,7 +88,6 @@ def finetune(
         DataError: The images cannot be opened, there are none, or labels do not fit the model.
         UnknownNameError: timm has no optimiser of that name.
     """
-    started = time.perf_counter()
     config = config or FinetuneConfig()
     folder = None if out is None else writable_folder(out)
     if teacher is model:
@@ -123,7 +121,7 @@ def finetune(
     return FinetuneResult(
         history=tuple(job.at.history),
         steps=job.at.step,
-        seconds=time.perf_counter() - started,
+        seconds=job.seconds,
         last=last,
         best=job.at.best,
         teacher=job.at.teacher,

@@ -44,6 +44,7 @@ class Position:
         history: Of the epochs that ended.
         best: Highest accuracy of these.
         teacher: Accuracy of the teacher.
+        seconds: Wall-clock time up to the checkpoint, without what was lost by an interruption.
     """
 
     step: int = 0
@@ -58,6 +59,7 @@ class Position:
     history: list[EpochRecord] = field(default_factory=list)
     best: Accuracy | None = None
     teacher: Accuracy | None = None
+    seconds: float = 0.0
 
     def next_epoch(self) -> None:
         """Go to the beginning of the next epoch."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -65,11 +66,17 @@ class Training:
         self.main = bool(accelerator.is_main_process)
         self.sharding = sharding_of(accelerator)
         self.at = Position()
+        self.started, self.earlier = time.perf_counter(), 0.0
         self.val: Iterable[Any] | None = None
         self.write: Write = lambda record: None
         self.run: Run | None = None
         self.good: dict[str, Tensor] = {}
         self.weights = None if folder is None else folder / BEST
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time of the run, its parts before interruptions included."""
+        return self.earlier + time.perf_counter() - self.started
 
     @contextmanager
     def prepared(
@@ -92,6 +99,7 @@ class Training:
             if saved is not None:
                 snapshot.check_same(config, accelerator.num_processes, saved)
                 self.at = Position.from_dict(saved["position"])
+                self.earlier = self.at.seconds
             self._open_logs(saved is None, stack)
 
             batches = TrainBatches(train, seed=config.seed, accelerator=accelerator)
@@ -257,6 +265,7 @@ class Training:
             raise DivergedError(
                 f"The weight {name} is no longer finite", self.at.step, self.at.epoch, self.at.lr
             )
+        self.at.seconds = self.seconds
         if self.main:
             scaler = self.accelerator.scaler
             path = snapshot.write_snapshot(
