@@ -35,9 +35,8 @@ from pfsurgery.measure import count
 from pfsurgery.policy import get_policy
 from pfsurgery.recover import Budget
 from pfsurgery.recover.calibration import frozen_copy
-from pfsurgery.recover.capture import outputs
 from pfsurgery.recover.choices import carry_out, read_choices
-from pfsurgery.recover.polish import distance
+from pfsurgery.recover.distance import distance, outputs
 
 RESULTS = Path(__file__).parent / "results"
 RIVALS = {

@@ -9,9 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from pfsurgery import bare, budget, convert, convert_, record, scan
+from pfsurgery import (
+    bare,
+    budget,
+    convert,
+    convert_,
+    recalibrate,
+    reconstruct,
+    record,
+    scan,
+    sensitivity,
+)
 from pfsurgery.convert import marker
-from pfsurgery.errors import NoEffectWarning, SurgeryError
+from pfsurgery.errors import NoEffectWarning, RecordMismatchError, SurgeryError
 from pfsurgery.measure import count
 from pfsurgery.recover.choices import carry_out, read_choices
 
@@ -45,6 +55,22 @@ class Named(Plain):
         x = F.relu(self.norm1(self.conv1(input=F.relu(self.stem(x)))))
         x = F.relu(self.norm2(self.conv2(x)))
         return self.head(x.mean((2, 3)))
+
+
+class Mapped(Plain):
+    """Its output is a map, as in segmentation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm1(self.conv1(F.relu(self.stem(x)))))
+        return F.relu(self.norm2(self.conv2(x))).permute(0, 2, 3, 1) @ self.head.weight.T
+
+
+class Both(Plain):
+    """It returns an early map and a late one."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        early = F.relu(self.norm1(self.conv1(F.relu(self.stem(x)))))
+        return [early, F.relu(self.norm2(self.conv2(early)))]
 
 
 class Compared(nn.Module):
@@ -221,3 +247,52 @@ def test_convolutions_may_be_called_with_a_named_argument(images):
         model.conv1 = nn.Conv2d(16, 16, 3, padding=1, groups=16)
         bare_op = convert(model, lambda site, op=op: op, example=EXAMPLE, mixing="never")
         assert bare_op(images[0]).isfinite().all()
+
+
+def settled(model: nn.Module, images: list[Tensor]) -> nn.Module:
+    recalibrate(model, images)
+    return model.eval()
+
+
+def test_networks_of_one_output_are_judged(images):
+    model = settled(seeded(Plain), images)
+    model.head = nn.Linear(16, 1)
+    rows = sensitivity(model, images, ops=("max_pool",), fitted=2)
+    assert all(row.damage > 1e-6 for row in rows)
+    fast, told = convert(model, "maxpool_all", example=EXAMPLE), []
+    reconstruct(fast, model, images, tell=told.append)
+    assert any("distance to the original" in line for line in told)
+
+
+def test_all_outputs_are_judged(images):
+    model = settled(seeded(Both), images)
+    rows = sensitivity(model, images, ops=("identity",), fitted=0)
+    damage = {row.site: row.damage for row in rows}
+    assert damage["conv2"] > 1e-3
+
+
+def test_maps_of_images_of_several_sizes_are_judged(images):
+    generator = torch.Generator().manual_seed(2)
+    mixed = [*images, torch.randn(8, 3, 24, 24, generator=generator)]
+    model = settled(seeded(Mapped), images)
+    assert record(convert(model, budget(macs="60%"), images=mixed)).replaced
+
+
+def test_a_teacher_of_other_classes_is_refused_before_anything_is_fitted(images):
+    fast, told = convert(seeded(Plain), "maxpool_all", example=EXAMPLE), []
+    other = seeded(Plain)
+    other.head = nn.Linear(16, 7)
+    with pytest.raises(RecordMismatchError, match=r"returns \[\(5,\)\] and the teacher \[\(7,\)\]"):
+        reconstruct(fast, other, images, tell=told.append)
+    assert not told
+
+
+def test_extra_state_that_is_no_tensor_is_left_alone(images):
+    class Extra(Plain):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"seen": 1}
+
+        def set_extra_state(self, state: dict[str, int]) -> None:
+            assert state == {"seen": 1}
+
+    assert record(convert(seeded(Extra), budget(macs="50%"), images=images)).replaced

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -85,16 +85,3 @@ def capture(
         for handle in handles:
             handle.remove()
     return taken
-
-
-@torch.no_grad()
-def outputs(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
-    """What the model returns for all batches, the first tensor of a structured output."""
-    made = [model(batch) for batch in batches]
-    return torch.cat([m if isinstance(m, Tensor) else _first_tensor(m) for m in made])
-
-
-def _first_tensor(structured: object) -> Tensor:
-    from torch.utils._pytree import tree_leaves
-
-    return next(leaf for leaf in tree_leaves(structured) if isinstance(leaf, Tensor))

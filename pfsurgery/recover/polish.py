@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from pfsurgery.errors import DataError
 from pfsurgery.policy import Tell
-from pfsurgery.recover.capture import capture, outputs
+from pfsurgery.recover.capture import capture
+from pfsurgery.recover.distance import distance, logits_in, outputs
 from pfsurgery.recover.gram import MomentSum
 from pfsurgery.recover.linalg import ridge_gcv
 from pfsurgery.recover.norms import recalibrate
-
-
-def distance(original: Tensor, edited: Tensor) -> float:
-    """How far the edited network's outputs are from the original's.
-
-    Logits (N, classes) by the Kullback-Leibler divergence in nats, anything else by the squared
-    error as a share of the original's variance.
-    """
-    if original.ndim == 2:
-        old, new = original.double().log_softmax(1), edited.double().log_softmax(1)
-        return float(F.kl_div(new, old, log_target=True, reduction="batchmean"))
-    gap, spread = (original - edited).square().mean(), original.var(correction=0)
-    return float(gap / spread.clamp(min=1e-12))
 
 
 def polish(
@@ -50,28 +39,30 @@ def polish(
     wanted = outputs(teacher, judges)
 
     def attempt(name: str, change: Callable[[], object]) -> None:
-        before = {key: value.clone() for key, value in student.state_dict().items()}
+        before = copy.deepcopy(student.state_dict())
         away = distance(wanted, outputs(student, judges))
-        change()
-        now = distance(wanted, outputs(student, judges))
+        try:
+            change()
+        except DataError:  # there is too little to do it with
+            now = away
+        else:
+            now = distance(wanted, outputs(student, judges))
         if now < away:
             tell(f"{name}: distance to the original {away:.4f} -> {now:.4f}")
         else:
             student.load_state_dict(before)
 
     attempt("norms re-estimated", lambda: recalibrate(student, list(batches)))
-    classifier = _classifier(teacher, wanted)
-    if classifier is not None:
-        goal = outputs(teacher, batches)
+    goal = logits_in(outputs(teacher, batches))
+    classifier = None if goal is None else _classifier(teacher, goal.shape[1])
+    if goal is not None and classifier is not None:
         attempt("classifier refitted", lambda: _refit(student, goal, classifier, batches))
 
 
-def _classifier(teacher: nn.Module, wanted: Tensor) -> str | None:
+def _classifier(teacher: nn.Module, classes: int) -> str | None:
     """Path of the last linear layer, if it makes the logits."""
     linear = [name for name, module in teacher.named_modules() if isinstance(module, nn.Linear)]
-    if wanted.ndim != 2 or not linear:
-        return None
-    return linear[-1] if _width(teacher, linear[-1]) == wanted.shape[1] else None
+    return linear[-1] if linear and _width(teacher, linear[-1]) == classes else None
 
 
 def _width(model: nn.Module, path: str) -> int:

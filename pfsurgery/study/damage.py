@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from pfsurgery.graph import GraphView, view
 from pfsurgery.modules import get_module, set_module
-from pfsurgery.recover.capture import outputs
 from pfsurgery.recover.choices import Choices
+from pfsurgery.recover.distance import Outputs, distance, outputs
 from pfsurgery.recover.front import Front
 from pfsurgery.recover.options import Option
-from pfsurgery.recover.polish import distance
 from pfsurgery.recover.sequence import aim_at, fitting_problem, goals_of, place, place_fit
 from pfsurgery.sites import Site
 
@@ -32,7 +31,7 @@ class Judge:
     """
 
     batches: Sequence[Tensor]
-    wanted: Tensor
+    wanted: Outputs
 
     def __call__(self, model: nn.Module) -> float:
         """How far the outputs of `model` are from the original's; see `distance`."""

@@ -56,7 +56,7 @@ class Sensitivity:
         op: Name of the op, or form and widths of a fitted bottleneck.
         damage: Kullback-Leibler divergence of the class probabilities to the original's, in nats,
             after the repair at that site; for outputs that are no logits see
-            `pfsurgery.recover.polish.distance`.
+            `pfsurgery.recover.distance.distance`.
         top1: Accuracy after the repair in percent, None where no `validate` was given.
         macs: Multiply-adds saved, of one image.
         params: Parameters saved.
