@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
+from rich.style import StyleType
 from rich.table import Table
+from rich.text import Text
 
 from pfsurgery.sites import Site
 
@@ -36,6 +38,19 @@ def amount(number: float) -> str:
     return f"{number:g}"
 
 
+class _PlainTable(Table):
+    """Its cells are what they say: a name or a reason may hold what Rich takes for markup."""
+
+    def add_row(
+        self,
+        *cells: RenderableType | None,
+        style: StyleType | None = None,
+        end_section: bool = False,
+    ) -> None:
+        plain = (Text(cell) if isinstance(cell, str) else cell for cell in cells)
+        super().add_row(*plain, style=style, end_section=end_section)
+
+
 def titled(title: str, note: str | None = None, *, totals: bool = False) -> Table:
     """An empty table with few lines, so that much fits on a narrow terminal.
 
@@ -44,10 +59,9 @@ def titled(title: str, note: str | None = None, *, totals: bool = False) -> Tabl
         note: What stands below it.
         totals: Whether its last row holds totals, the footers of the columns.
     """
-    return Table(
-        title=title,
+    return _PlainTable(
+        title=Text(title, style="bold"),
         title_justify="left",
-        title_style="bold",
         caption=note,
         caption_justify="left",
         box=SIMPLE_HEAD,
