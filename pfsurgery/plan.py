@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pfsurgery.errors import NoEffectWarning, PolicyError, UnsupportedSiteError
 from pfsurgery.ops import Op, Support, get_op
@@ -304,8 +304,19 @@ class Plan:
 
 
 def _decision_from_dict(entry: dict[str, Any]) -> Decision:
+    site = Site.from_dict(entry["site"])
+    for key, valid, wanted in (
+        ("op", isinstance(entry["op"], str), "text"),
+        ("pointwise", isinstance(entry["pointwise"], bool), "true or false"),
+        ("tail", entry["tail"] in get_args(Tail), "'keep' or 'drop'"),
+        ("reason", isinstance(entry["reason"], str), "text"),
+    ):
+        if not valid:
+            raise PolicyError(
+                f"The plan's {key} of {site.name} must be {wanted}, not {entry[key]!r}."
+            )
     decision = Decision(
-        site=Site.from_dict(entry["site"]),
+        site=site,
         op=entry["op"],
         pointwise=entry["pointwise"],
         tail=entry["tail"],

@@ -66,6 +66,8 @@ class Rule:
         _check_choice("depth", self.depth, (None, "deep", "shallow"))
         for flag in ("stride", "bottleneck", "same_channels"):
             _check_choice(flag, getattr(self, flag), (None, True, False))
+        if not isinstance(self.why, str | None):
+            raise PolicyError(f"A rule's why is text (quote it in YAML), not {self.why!r}.")
 
     def matches(self, site: Site) -> bool:
         """Whether all conditions hold for `site`."""
@@ -200,8 +202,17 @@ class FunctionPolicy:
         return True
 
     def decide(self, site: Site) -> Rule | None:
-        """The function's answer as a rule."""
+        """The function's answer as a rule.
+
+        Raises:
+            PolicyError: It is neither text nor None.
+        """
         op = self.function(site)
+        if op is not None and not isinstance(op, str):
+            raise PolicyError(
+                f"{self.name}({site.name}) must return the name of an op, {KEEP!r} or None, "
+                f"not {op!r}."
+            )
         return None if op is None else Rule(op)
 
 

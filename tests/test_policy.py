@@ -50,6 +50,7 @@ def test_a_yaml_policy(tmp_path):
         ("rules: [{op: max_pool, colour: red}]", "no key 'colour'"),
         ("rules: [{op: max_pool, kind: depthwize}]", "kind must be one of"),
         ("rules: [{op: max_pool, tail: cut}]", "tail must be one of"),
+        ("rules: [{op: max_pool, why: 5}]", "why is text .* not 5"),
         ("rule: [", "cannot be read"),
         ("summry: x\nrules: [{op: keep}]", "no key 'summry'"),
     ],
@@ -70,6 +71,12 @@ def test_missing_policies_and_ops_are_named(tmp_path):
         Rule("average_pool")
     with pytest.raises(PolicyError, match="not int"):
         get_policy(3)
+
+
+@pytest.mark.parametrize("answer", [True, False, 3])
+def test_a_function_that_returns_no_name_is_an_error(answer):
+    with pytest.raises(PolicyError, match=f"must return the name of an op.* not {answer}"):
+        plan(MODEL, lambda site: answer)
 
 
 def test_policies_can_be_registered_once():
@@ -120,6 +127,13 @@ def test_a_plan_prints_what_it_does_and_why():
     assert "8 channels become 16" in text
 
 
+@pytest.mark.parametrize("why", ["[/foo] x", "see [ticket] 5", ":smile:"])
+def test_a_reason_is_no_markup(why):
+    text = str(plan(MODEL, Policy(why, (Rule("max_pool", why=why),))))
+    assert text.splitlines()[0].startswith(f"Plan of policy {why}: ")
+    assert sum(line.endswith(why) for line in text.splitlines()) > 5
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -129,6 +143,11 @@ def test_a_plan_prints_what_it_does_and_why():
         (lambda d: d["decisions"][0]["site"].update(colour="red"), "colour"),
         (lambda d: d["decisions"][0]["site"].pop("geometry"), "geometry"),
         (lambda d: d.update(decisions=3), "wrong form"),
+        (lambda d: d["decisions"][1].update(op=5), "op of conv1.3 must be text, not 5"),
+        (lambda d: d["decisions"][1].update(pointwise="yes"), "pointwise of .* not 'yes'"),
+        (lambda d: d["decisions"][1].update(tail="dropp"), "tail of .* not 'dropp'"),
+        (lambda d: d["decisions"][1].update(tail=["drop"]), "tail of"),
+        (lambda d: d["decisions"][1].update(reason=5), "reason of .* must be text"),
     ],
 )
 def test_a_damaged_plan_is_refused(change, message):
