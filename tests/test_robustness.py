@@ -490,7 +490,8 @@ def test_no_picture_without_maps(tmp_path):
 
 @pytest.mark.usefixtures("undrawn")
 def test_the_command(cli, tmp_path):
-    weights, fast, out = tmp_path / "weights.safetensors", tmp_path / "fast", tmp_path / "out"
+    weights, fast = tmp_path / "weights.safetensors", tmp_path / "fast"
+    out = tmp_path / "rob [" / "b] x"  # [/b] is markup of Rich
     save_file(timm.create_model("test_resnet", num_classes=10).state_dict(), weights)
     small = ("--model", "test_resnet", "--num-classes", 10, "--checkpoint", weights)
     cli("convert", *small, "-p", "avgpool_deep", "--out", fast)
@@ -500,7 +501,15 @@ def test_the_command(cli, tmp_path):
     assert "--checkpoint FILE" in asked.err
     result = cli(*args, "--images", 2, "--checkpoint", weights)
     assert result.code == 0, result.err
-    for word in ("gaussian_noise", "severity 5", "epsilon 8/255", "pgd", "converted", "mean"):
+    for word in (
+        "gaussian_noise",
+        "severity 5",
+        "epsilon 8/255",
+        "pgd",
+        "converted",
+        "mean",
+        str(out),
+    ):
         assert word in result.out
     found = json.loads(cli(*args, "--images", 2, "--checkpoint", weights, "--json").out)
     assert found == json.loads((out / "robustness.json").read_text())

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 
 from pfsurgery.cli import options, show
 from pfsurgery.models import open_original
@@ -49,4 +48,4 @@ def robustness(
     )
     options.emit(result, json, result.to_dict())
     if not json:
-        Console().print(f"results are in {out}", soft_wrap=True)
+        show.last(f"results are in {out}")
