@@ -14,6 +14,7 @@ from pfsurgery.cli import options, show
 from pfsurgery.convert import convert as convert_model
 from pfsurgery.errors import PolicyError
 from pfsurgery.record import record
+from pfsurgery.recover.state import writable_folder
 from pfsurgery.tables import fit_table
 
 
@@ -53,6 +54,12 @@ def convert(
             f"--data goes with --policy {' or '.join(options.FITTED)}, which are fitted to images. "
             f"To win accuracy back after another one, use pfsurgery recover or finetune."
         )
+    if figure is not None and policy not in options.FITTED:
+        raise PolicyError(
+            f"--figure draws the sites that are fitted to images: it goes with --policy "
+            f"{' or '.join(options.FITTED)}."
+        )
+    writable_folder(out)
     net = options.opened(model, pretrained, checkpoint, num_classes, model_kwarg, size)
     chosen, sites = options.chosen(
         net,
