@@ -23,6 +23,7 @@ from pfsurgery.study.tables import found_table
 
 MODEL = "model"
 _METHODS = ("programme", "optuna")
+_TRIALS = 50
 
 
 def search(
@@ -38,7 +39,9 @@ def search(
     method: Annotated[
         str, typer.Option(help="programme (minutes) or optuna (as many networks as --trials).")
     ] = "programme",
-    trials: Annotated[int, typer.Option(help="For optuna: networks in all.", min=1)] = 50,
+    trials: Annotated[
+        int | None, typer.Option(help="For optuna: networks in all (50).", min=1)
+    ] = None,
     storage: Annotated[
         str | None,
         typer.Option(
@@ -72,13 +75,15 @@ def search(
     """
     if method not in _METHODS:
         raise PolicyError(f"--method is {' or '.join(_METHODS)}, not {method!r}.")
+    if method != "optuna" and (trials is not None or storage is not None):
+        raise PolicyError("--trials and --storage go with --method optuna.")
     policy = _policy(budget, batch, thin)
     writable_folder(out)
     net = options.opened(model, pretrained, checkpoint, num_classes, model_kwarg, size)
     images = first_images(unlabelled_images(data, net), number)
     work: Callable[..., Found] = search_model
     if method == "optuna":
-        work = partial(search_front, trials=trials, storage=storage)
+        work = partial(search_front, trials=trials or _TRIALS, storage=storage)
     found = work(
         net,
         policy,
