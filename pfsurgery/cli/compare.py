@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from pfsurgery.checkpoint import HUB
 from pfsurgery.cli import options
 from pfsurgery.convert import convert
 from pfsurgery.measure import compare as compare_models
@@ -43,7 +44,8 @@ def compare(
         chosen = options.planned(before, policy)
         fast = convert(before, chosen, example=options.example_of(before))
     else:
-        saved = Path(str(after)).is_dir()  # a saved model has arguments of its own
+        # A saved model has arguments of its own.
+        saved = str(after).startswith(HUB) or Path(str(after)).is_dir()
         classes, kwargs = (None, None) if saved else (num_classes, model_kwarg)
         fast = options.opened(str(after), False, None, classes, kwargs)
     result = compare_models(
