@@ -144,6 +144,16 @@ def test_convert_then_compare(cli, tmp_path):
     assert width_of(figure) > 400
 
 
+def test_a_model_on_the_hub_is_compared_with_its_original(cli, tmp_path, monkeypatch):
+    out, cache = tmp_path / "fast", tmp_path / "cache"
+    cli("convert", *SMALL, "--no-pretrained", "-p", "maxpool_all", "--out", out)
+    cli("push", out, "someone/fast", "--cache", cache)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    result = cli("compare", *SMALL, "--after", "hf-hub:someone/fast", "--repeats", 2, "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["ratios"]["macs"] < 1
+
+
 def test_a_budget_is_fitted_to_images(cli, tmp_path):
     out = tmp_path / "fast"
     result = cli(
@@ -335,6 +345,30 @@ BAD = {
     "output is a file": (
         ("finetune", *DIGITS_MODEL, "-p", "maxpool_all", "--out", "FILE"),
         "cannot be written",
+    ),
+    "conversion into a file": (
+        ("convert", "--model", "resnet18", "-p", "shift_all", "--out", "FILE"),
+        "cannot be written",
+    ),
+    "figure of what is not fitted": (
+        ("convert", "--model", "resnet18", "-p", "shift_all", "--out", "OUT", "--figure", "OUT"),
+        "--policy budget or bare",
+    ),
+    "plan of a budget": (
+        ("plan", *SMALL, "-p", "budget"),
+        "pfsurgery convert --policy budget --macs",
+    ),
+    "comparison by bare": (
+        ("compare", *SMALL, "-p", "bare"),
+        "pfsurgery convert --policy bare --data",
+    ),
+    "trials of a programme": (
+        ("search", *DIGITS_MODEL, "--budget", "macs=50%", "--out", "OUT", "--trials", "5"),
+        "--method optuna",
+    ),
+    "storage of a programme": (
+        ("search", *DIGITS_MODEL, "--budget", "macs=50%", "--out", "OUT", "--storage", "x.db"),
+        "--method optuna",
     ),
     "not a saved directory": (("scan", "--model", "EMPTY"), "config.json"),
     "hub out of reach": (

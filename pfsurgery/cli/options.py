@@ -138,6 +138,13 @@ def planned(
     mixing: str = "auto",
 ) -> Plan:
     """The plan in a JSON file, or what a policy makes of the model."""
+    if policy in FITTED:
+        limit = " --macs 60%" if policy == "budget" else ""
+        raise PolicyError(
+            f"{policy} is fitted to images: use pfsurgery convert --policy {policy}{limit} --data "
+            f"DIR --out fast/, which shows what becomes of each site; pfsurgery compare --after "
+            f"fast/ then measures it."
+        )
     if policy.endswith(".json"):
         if include or exclude or mixing != "auto":
             raise PolicyError(
