@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import timm
@@ -209,13 +210,16 @@ def _converted(
     variant: str, base: str, policy: str, pretrained: bool, kwargs: dict[str, Any]
 ) -> nn.Module:
     _refuse_weights(variant, pretrained)
-    for given in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+    for given in ("pretrained_cfg", "cache_dir"):
         kwargs.pop(given, None)
-    config = default_cfgs[variant].cfgs[_TAG]
+    overlay = kwargs.pop("pretrained_cfg_overlay", None) or {}
+    config = replace(default_cfgs[variant].cfgs[_TAG], **overlay)
+    if config.fixed_input_size:
+        kwargs.setdefault("img_size", config.input_size[1:])
     model: nn.Module = timm.create_model(base, pretrained_cfg=config, **kwargs)
     size = kwargs.get("img_size", config.input_size[1:])
     height, width = (size, size) if isinstance(size, int) else size
-    example = torch.zeros(1, kwargs.get("in_chans", 3), height, width)
+    example = torch.zeros(1, kwargs.get("in_chans", config.input_size[0]), height, width)
     converted = convert(model, policy, example=example)
     for module in converted.modules():
         if isinstance(module, EffAttention):

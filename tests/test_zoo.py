@@ -316,6 +316,16 @@ def test_they_are_timm_models():
     assert pit.no_weight_decay() >= {"pos_embed"}
 
 
+@pytest.mark.parametrize("name", ["resnet50_max", "vit_tiny_max", "pit_tiny_max"])
+def test_a_configuration_is_overlaid(name, tmp_path):
+    images = {"input_size": (3, 64, 64), "mean": (0.0, 0.0, 0.0)}
+    model = timm.create_model(f"{name}.pf", pretrained_cfg_overlay=images)
+    pfsurgery.save(model, tmp_path)
+    for made in (model, pfsurgery.load(tmp_path)):
+        assert {key: made.pretrained_cfg[key] for key in images} == images
+        assert made(torch.zeros(1, *images["input_size"])).shape == (1, 1000)
+
+
 def test_a_rectangular_vit_of_the_zoo():
     model = zoo.vit_tiny_max(depth=2, img_size=(32, 64), num_classes=3).eval()
     assert model.blocks[1].attn.grid == (2, 4)
