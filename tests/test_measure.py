@@ -220,6 +220,14 @@ def test_latency_states_its_setting(resnet18):
     assert latency({"a": resnet18}, example, repeats=2)["a"].setting.memory_format == "contiguous"
 
 
+def test_volumes_are_timed_in_channels_last():
+    model = nn.Sequential(nn.Conv3d(3, 4, 3), nn.Flatten(1, 2), nn.Conv2d(8, 2, 3))
+    example = torch.zeros(1, 3, 4, 8, 8)
+    taken = latency({"a": model}, example, repeats=2, warmup=0, memory_format="channels_last")
+    assert taken["a"].setting.memory_format == "channels_last"
+    assert compare(model, model, example, repeats=2, warmup=0, memory_format="channels_last")
+
+
 def test_impossible_options_are_refused(resnet18):
     with pytest.raises(SurgeryError, match="at least 2"):
         latency({"a": resnet18}, KB, repeats=1)

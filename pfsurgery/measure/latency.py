@@ -168,7 +168,12 @@ def in_format(
             return leaf.contiguous(memory_format=layout)
         return leaf
 
-    return deepcopy(model).to(memory_format=layout), tree_map(convert, args)
+    def laid_out(tensor: Tensor) -> Tensor:
+        return tensor.to(memory_format=layout) if tensor.dim() == 4 else tensor
+
+    # Module.to does the same, but fails on kernels of three dimensions.
+    copy = deepcopy(model)._apply(laid_out)  # type: ignore[no-untyped-call]
+    return copy, tree_map(convert, args)
 
 
 def first_tensor(args: tuple[Any, ...]) -> Tensor:
