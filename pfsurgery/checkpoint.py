@@ -36,11 +36,12 @@ def save(model: nn.Module, directory: str | Path, *, base: Base | None = None) -
         model: A model that `convert` made.
         directory: Where to; made if it is missing, its two files overwritten.
         base: Where the unconverted model comes from. By default what timm's configuration on the
-            model says; without either, `load` will ask for the unconverted model.
+            model says; without either, or with arguments that JSON cannot hold, `load` will ask for
+            the unconverted model.
 
     Raises:
         RecordMismatchError: The model was not made by `convert`.
-        SurgeryError: The directory cannot be written.
+        SurgeryError: The directory cannot be written, or the state dict holds what is no tensor.
     """
     from safetensors.torch import save as to_bytes
 
@@ -54,6 +55,8 @@ def save(model: nn.Module, directory: str | Path, *, base: Base | None = None) -
     state = _unshared(model.state_dict())
     weights = to_bytes(state, metadata={"format": "pt"})
     base = base or base_of(model)
+    if base is not None and not _is_json(base.kwargs):
+        base = None
     content: dict[str, Any] = {
         "format": _FORMAT,
         "base": base.to_dict() if base else None,
@@ -199,11 +202,24 @@ def _fetched(directory: str | Path) -> Path:
         raise SurgeryError(f"{directory} cannot be had from the hub: {reason}") from None
 
 
-def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _is_json(values: Mapping[str, Any]) -> bool:
+    try:
+        json.dumps(values)
+    except (TypeError, ValueError):  # a class; a dict that holds itself
+        return False
+    return True
+
+
+def _unshared(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Tensors that own their memory: safetensors refuses shared ones."""
     seen: set[int] = set()
     unshared = {}
     for key, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise SurgeryError(
+                f"{key!r} in the model's state dict is a {type(tensor).__name__}, and a saved "
+                f"directory holds tensors alone: let get_extra_state return a tensor."
+            )
         tensor = tensor.detach().cpu().contiguous()
         shared = tensor.untyped_storage().data_ptr() in seen and tensor.numel() > 0
         seen.add(tensor.untyped_storage().data_ptr())

@@ -16,6 +16,7 @@ from torch import nn
 from pfsurgery import Base, Policy, Rule, convert, convert_, load, record, save, set_base
 from pfsurgery.errors import RecordMismatchError, SurgeryError, UnknownNameError
 from pfsurgery.models import open_original
+from pfsurgery.zoo import resnet50_max
 from tests import zoo
 
 
@@ -89,6 +90,30 @@ def test_without_a_base_it_asks_for_one(tmp_path):
     converted = convert(zoo.Plain(), "maxpool_all", example=zoo.EXAMPLE)
     with pytest.raises(RecordMismatchError, match="base="):
         load(save(converted, tmp_path))
+
+
+def test_arguments_that_are_not_json_ask_for_the_base(tmp_path):
+    kwargs = {"norm_layer": nn.BatchNorm2d, "layers": (1, 1, 1, 1), "num_classes": 3}
+    made = resnet50_max(**kwargs).eval()
+    save(made, tmp_path)
+    with pytest.raises(RecordMismatchError, match="base="):
+        load(tmp_path)
+    x = torch.randn(1, 3, 64, 64)
+    again = load(tmp_path, base=lambda: timm.create_model("resnet50", **kwargs))
+    assert torch.equal(again(x), made(x))
+
+
+def test_extra_state_that_is_no_tensor_is_named(tmp_path):
+    class Extra(zoo.Plain):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"version": 1}
+
+        def set_extra_state(self, state: dict[str, int]) -> None:
+            assert state == {"version": 1}
+
+    converted = convert(Extra(), "maxpool_all", example=zoo.EXAMPLE)
+    with pytest.raises(SurgeryError, match=r"'_extra_state' .* is a dict"):
+        save(converted, tmp_path)
 
 
 def test_an_unconverted_model_is_not_saved(tmp_path):
