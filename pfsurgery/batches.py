@@ -102,7 +102,7 @@ def unlabelled_images(
     else:
         batches = open_images(source, model, training=False, batch_size=batch_size)
     for batch in read(batches):
-        yield split_batch(batch)[0]
+        yield images_of(batch)
     report_skipped(batches)
 
 
@@ -155,9 +155,27 @@ def split_batch(batch: object) -> tuple[Tensor, Tensor | None]:
     """Images (N, C, H, W) and labels (N,) of a batch; None for the labels where it has none.
 
     Raises:
+        DataError: As for `images_of`, or the labels are no numbers.
+    """
+    images, labels = images_of(batch), _parts(batch)[1:2]
+    if not labels or labels[0] is None:
+        return images, None
+    try:
+        return images, torch.as_tensor(labels[0])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"The labels of a batch are a {type(labels[0]).__name__} that makes no tensor "
+            f"({error}); give one class index for each image."
+        ) from None
+
+
+def images_of(batch: object) -> Tensor:
+    """Images (N, C, H, W) of a batch; whatever stands beside them is not looked at.
+
+    Raises:
         DataError: The batch holds no tensor of four dimensions in first place, or one of integers.
     """
-    parts = list(batch) if isinstance(batch, Sequence) else [batch]
+    parts = _parts(batch)
     if parts and isinstance(parts[0], Tensor) and parts[0].dim() == 4:
         if not parts[0].is_floating_point():
             raise DataError(
@@ -165,14 +183,17 @@ def split_batch(batch: object) -> tuple[Tensor, Tensor | None]:
                 f"and normalised as the model was trained (for timm's models: divided by 255, then "
                 f"with mean and std of timm.data.resolve_model_data_config(model))."
             )
-        labels = parts[1] if len(parts) > 1 else None
-        return parts[0], None if labels is None else torch.as_tensor(labels)
+        return parts[0]
     found = type(batch).__name__
     if isinstance(batch, Tensor):
         found = f"a tensor of shape {tuple(batch.shape)}"
     raise DataError(
         f"A batch must be images of shape (N, C, H, W) or a pair (images, labels), not {found}."
     )
+
+
+def _parts(batch: object) -> list[Any]:
+    return list(batch) if isinstance(batch, Sequence) else [batch]
 
 
 def release_workers(loader: object) -> None:

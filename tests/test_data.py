@@ -227,6 +227,8 @@ def test_unlabelled_images_from_everything(tmp_path, model):
         list(images.split(4)),
         (batch for batch in images.split(4)),
         [(images, labels)],
+        [(images, [f"{index}.jpg" for index in range(6)])],  # not needed, so not looked at
+        [(images, {"boxes": labels})],
         dataset,
         DataLoader(dataset, batch_size=4),
     ]
@@ -280,6 +282,9 @@ def test_wrong_batches_are_explained(model):
         list(unlabelled_images([torch.zeros(3, 32, 32)], model))
     with pytest.raises(DataError, match="only once"):
         open_images(iter([]), model, training=True)
+    named = [(torch.zeros(2, 3, 32, 32), ["a.jpg", "b.jpg"])]
+    with pytest.raises(DataError, match=r"labels of a batch are a list .* class index"):
+        evaluate(model, named)
     with pytest.raises(DataError, match="not int"):
         open_images(3, model, training=True)  # type: ignore[arg-type]
 

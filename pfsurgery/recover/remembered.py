@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfsurgery.batches import split_batch
+from pfsurgery.batches import images_of
 from pfsurgery.digests import tensor_bytes
 
 _MOST = 1 << 30  # bytes of logits
@@ -33,7 +33,7 @@ class RememberedLogits:
         self._logits: dict[bytes, Tensor] = {}
         left = _MOST
         for batch in batches:
-            images, _ = split_batch(batch)
+            images = images_of(batch)
             logits = teacher(images)
             left -= logits.numel() * logits.element_size()
             if left < 0:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pfsurgery.batches import split_batch
+from pfsurgery.batches import images_of
 from pfsurgery.errors import TrainingError
 from pfsurgery.files import remove_remains
 from pfsurgery.recover import logs, snapshot
@@ -367,7 +367,7 @@ class Training:
         def images() -> Iterator[Tensor]:
             seen = 0
             for batch in run.batches.start(self.at.epoch, 0):
-                given = split_batch(batch)[0]
+                given = images_of(batch)
                 yield given
                 seen += len(given)
                 if seen >= self.config.norm_images:
