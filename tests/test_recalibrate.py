@@ -46,6 +46,19 @@ def test_a_batch_of_one_image_joins_another():
         assert torch.allclose(model[1].running_var, values.var(0), rtol=1e-4)
 
 
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_an_empty_batch_is_skipped(at):
+    model = timm.create_model("test_resnet", num_classes=10)
+    images = batches(8, 8)
+    recalibrate(model, images)
+    wanted = state(model)
+    images.insert(at, torch.zeros(0, 3, 32, 32))
+    recalibrate(model, images)
+    assert same(wanted, state(model))
+    with pytest.raises(DataError, match="no batch"):
+        recalibrate(model, torch.zeros(0, 3, 32, 32))
+
+
 def test_a_norm_that_is_called_twice_pools_both_calls():
     norm = nn.BatchNorm1d(4, affine=False)
 

@@ -123,7 +123,8 @@ def _run(model: nn.Module, norms: list[_BatchNorm], batches: Images | Tensor | s
     device, dtype = placement(model)
     count = 0
     read = sample_images if isinstance(batches, (str, Path)) else unlabelled_images
-    for images in _of_two_or_more(read(batches, model)):
+    given = (batch for batch in read(batches, model) if len(batch))
+    for images in _of_two_or_more(given):
         model(images.to(device=device, dtype=dtype))
         count += 1
     if not count:
