@@ -199,6 +199,25 @@ def test_few_or_constant_images_give_a_finite_model(make):
     assert weights[weights != 0].abs().min() > 1e-31  # no denormal numbers, which are slow
 
 
+class PooledNorm(Net):
+    """A norm of 1x1 maps before the classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pooled = nn.BatchNorm2d(24)
+
+    def forward(self, x):
+        y = self.norm2(self.conv2(self.act1(self.norm1(self.conv1(self.stem(x))))))
+        return self.head(self.pooled(self.down(y).mean((2, 3), keepdim=True)).flatten(1))
+
+
+def test_one_image_is_enough_for_a_norm_of_1x1_maps():
+    torch.manual_seed(0)
+    image = torch.randn(1, 3, 16, 16)
+    fast = convert(PooledNorm().eval(), budget(macs="50%"), images=image)
+    assert fast(image).isfinite().all()
+
+
 def test_mixing_is_for_rules(images):
     with pytest.raises(PolicyError, match="mixing='never' is for policies of rules"):
         convert(trained_like(), budget(macs="50%"), images=images, mixing="never")

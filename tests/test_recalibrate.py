@@ -46,6 +46,16 @@ def test_a_batch_of_one_image_joins_another():
         assert torch.allclose(model[1].running_var, values.var(0), rtol=1e-4)
 
 
+def test_one_image_says_nothing_of_1x1_maps():
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3))
+    before = state(model)
+    for images in (batches(1), [torch.randn(1, 3, size, size) for size in (32, 24)]):
+        with pytest.raises(DataError, match=r"norm '1' sees one value .* two images"):
+            recalibrate(model, images)
+        assert same(before, state(model))
+    assert recalibrate(nn.BatchNorm2d(3), batches(1)) == 1
+
+
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_an_empty_batch_is_skipped(at):
     model = timm.create_model("test_resnet", num_classes=10)

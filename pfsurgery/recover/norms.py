@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +63,8 @@ def recalibrate(model: nn.Module, batches: Images | Tensor | str | Path) -> int:
         (then no image is read).
 
     Raises:
-        DataError: There is no batch, or a batch is no image tensor.
+        DataError: There is no batch, or a batch is no image tensor, or there is one image where a
+            norm needs two.
         TrainingError: The statistics of a norm are not finite; the message names it.
     """
     return reestimate(model, batches, {name for name, _ in model.named_modules()})
@@ -84,10 +84,18 @@ def reestimate(
     pools = {module: _Pool() for module in norms.values()}
     found = {module: (module.momentum, _statistics(module)) for module in norms.values()}
 
-    def collect(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        pools[module].add(inputs[0])  # type: ignore[index]
+    def collect(name: str, x: Tensor) -> None:
+        if x.numel() == x.shape[1]:
+            raise DataError(
+                f"The norm {name!r} sees one value a channel, from which no variance can be "
+                f"estimated: give two images or more of the same size."
+            )
+        pools[norms[name]].add(x)
 
-    handles = [module.register_forward_pre_hook(collect) for module in norms.values()]
+    handles = [
+        module.register_forward_pre_hook(lambda _, inputs, name=name: collect(name, inputs[0]))
+        for name, module in norms.items()
+    ]
     try:
         with keep_random_state(), keep_train_flags(model), torch.no_grad():
             _run(model, list(norms.values()), batches)
