@@ -12,10 +12,11 @@ from torch import nn
 
 import pfsurgery
 from pfsurgery import Plan, budget, convert, convert_, load, plan, reconstruct, record, save
-from pfsurgery.errors import DataError, PolicyError, UnsupportedSiteError
+from pfsurgery.errors import DataError, PolicyError, RecordMismatchError, UnsupportedSiteError
 from pfsurgery.measure import count
 from pfsurgery.ops.bottleneck import Bottleneck
 from pfsurgery.ops.columns import Columns
+from pfsurgery.recover import refit_layers
 from pfsurgery.recover.columns import column_planes, operations
 from pfsurgery.recover.target import site_window
 from pfsurgery.sites import Geometry, Site
@@ -304,6 +305,18 @@ def test_reconstruct_brings_a_converted_model_closer(images, policy):
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert {r.site for r in refits} == {d.site.name for d in record(fast).plans[0].replaced}
     assert all(r.after <= r.before + 1e-6 for r in refits if r.layer)
+
+
+@pytest.mark.parametrize("refit", [reconstruct, refit_layers])
+def test_a_teacher_of_other_classes_is_refused_at_once(images, refit):
+    model, told = trained_like(), []
+    fast = convert(model, "shift_all", example=images[0][:1])
+    before = copy.deepcopy(fast.state_dict())
+    model.head = nn.Linear(24, 7)
+    with pytest.raises(RecordMismatchError, match=r"model gives \(1, 5\) and the teacher \(1, 7\)"):
+        refit(fast, model, images, tell=told.append)
+    assert not told
+    assert all(torch.equal(before[key], value) for key, value in fast.state_dict().items())
 
 
 def test_reconstruct_keeps_the_state_dict_names(images, tmp_path):

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pfsurgery.errors import RecordMismatchError
+
 # What a model returns, the tensors that count of it, for each of some batches.
 Outputs = Sequence[tuple[Tensor, ...]]
 
@@ -27,6 +29,23 @@ def _counted(made: object) -> tuple[Tensor, ...]:
         made = next((made[name] for name in _MAIN if name in made), made)
     tensors = [leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor)]
     return tuple(t for t in tensors if t.is_floating_point()) or tuple(tensors[:1])
+
+
+def check_same_outputs(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
+    """Check that both return tensors of the same shapes, before one is fitted to the other.
+
+    Raises:
+        RecordMismatchError: They do not.
+    """
+    student_gives, teacher_gives = (
+        ", ".join(str(tuple(tensor.shape)) for tensor in outputs(model, [image])[0])
+        for model in (student, teacher)
+    )
+    if student_gives != teacher_gives:
+        raise RecordMismatchError(
+            f"For an image of shape {tuple(image.shape)} the model gives {student_gives} and the "
+            f"teacher {teacher_gives}. Give as the teacher the network that the model was made from."
+        )
 
 
 def distance(original: Outputs, edited: Outputs) -> float:

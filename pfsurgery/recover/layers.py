@@ -18,6 +18,7 @@ from pfsurgery.policy import Tell
 from pfsurgery.recover.calibration import calibration_batches, frozen_copy, hold_out
 from pfsurgery.recover.capture import capture
 from pfsurgery.recover.columns import Window, column_rows, operations
+from pfsurgery.recover.distance import check_same_outputs
 from pfsurgery.recover.gram import Moments, MomentSum, sample_positions
 from pfsurgery.recover.polish import polish
 from pfsurgery.recover.progress import tracked
@@ -51,11 +52,13 @@ def refit_layers(
         What was refitted, layer by layer.
 
     Raises:
-        RecordMismatchError: No layer of the model maps onto the original's.
+        RecordMismatchError: No layer of the model maps onto the original's, or its outputs have
+            another shape.
         DataError: There is no image, or a value is not finite.
     """
     batches, judges = hold_out(calibration_batches(images, model))
     student, original = frozen_copy(model), frozen_copy(teacher)
+    check_same_outputs(student, original, batches[0][:1])
     seen = view(original, (batches[0][:1],))
     twins = [_twin(student, original, name, seen) for name in _convolutions(original, seen)]
     if all(isinstance(twin, Refit) for twin in twins):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from pfsurgery.errors import RecordMismatchError
 from pfsurgery.graph import view
 from pfsurgery.policy import Tell
 from pfsurgery.record import record
@@ -17,7 +16,7 @@ from pfsurgery.recover.calibration import (
     hold_out,
     in_fast_layout,
 )
-from pfsurgery.recover.distance import outputs
+from pfsurgery.recover.distance import check_same_outputs
 from pfsurgery.recover.front import Front
 from pfsurgery.recover.norms import recalibrate
 from pfsurgery.recover.polish import polish
@@ -55,7 +54,7 @@ def reconstruct(
     """
     student, original = frozen_copy(model), frozen_copy(teacher)
     batches, judges = hold_out(in_fast_layout(original, calibration_batches(images, model)))
-    _check_outputs(student, original, batches[0][:1])
+    check_same_outputs(student, original, batches[0][:1])
     recalibrate(student, batches)
     seen = view(original, (batches[0][:1],))
     aims = [aim_behind(student, original, decision, seen) for decision in record(model).replaced]
@@ -68,14 +67,3 @@ def reconstruct(
     polish(student, original, batches, judges, tell)
     model.load_state_dict(student.state_dict())
     return tuple(done)
-
-
-def _check_outputs(student: nn.Module, original: nn.Module, image: Tensor) -> None:
-    given, wanted = (
-        [tuple(t.shape[1:]) for t in outputs(model, [image])[0]] for model in (student, original)
-    )
-    if given != wanted:
-        raise RecordMismatchError(
-            f"For an image the model returns {given} and the teacher {wanted}: give the model as "
-            f"it was before the conversion, with as many classes."
-        )
