@@ -44,7 +44,7 @@ def check_same_outputs(student: nn.Module, teacher: nn.Module, image: Tensor) ->
     if student_gives != teacher_gives:
         raise RecordMismatchError(
             f"For an image of shape {tuple(image.shape)} the model gives {student_gives} and the "
-            f"teacher {teacher_gives}. Give as the teacher the network that the model was made from."
+            f"teacher {teacher_gives}. The teacher is the network that the model was made from."
         )
 
 
