@@ -190,11 +190,18 @@ def _storage(text: str) -> Any:
     if text.endswith(".log"):
         return JournalStorage(JournalFileBackend(text))
     return RDBStorage(
-        text if "://" in text else f"sqlite:///{text}",
+        text if "://" in text else _sqlite_url(text),
         heartbeat_interval=_HEARTBEAT_S,
         heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
         engine_kwargs={"connect_args": {"timeout": 60}} if "://" not in text else {},
     )
+
+
+def _sqlite_url(path: str) -> str:
+    from sqlalchemy import URL
+
+    url = URL.create("sqlite", database=path).render_as_string(hide_password=False)
+    return url.replace("{", "{{").replace("}", "}}")  # Optuna formats it
 
 
 def _finished(study: optuna.Study) -> int:
