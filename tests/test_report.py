@@ -103,6 +103,16 @@ def test_a_fine_tuning_on_the_command_line(cli, folder, tmp_path, monkeypatch):
     assert "<h2>Training</h2>" in text_of(write_report(run, tmp_path / "epochs.html"))
 
 
+def test_all_calls_at_a_site_are_in_the_time_taken(made):
+    def in_two_calls(records: list[dict[str, Any]]) -> None:
+        for number, record in enumerate(records):
+            record["seconds"] = 100 if number % 4 == 3 else 20
+
+    page = text_of(write_report(made("sensitivity", in_two_calls)))
+    sites = len(runs.sensitivity()) // 4
+    assert f"{120 * sites:,} s" in page
+
+
 def test_text_from_a_run_is_text(made):
     def rename(values: list[Any]) -> None:
         for record in values[:4]:

@@ -33,6 +33,7 @@ def _content(records: list[Record]) -> Content:
     palette = colors(r["op"] for r in records)
     sites = list(dict.fromkeys(r["site"] for r in records))
     least, most = (f(records, key=lambda r: r["damage"]) for f in (min, max))
+    calls = {(r["site"], r["seconds"]) for r in records}  # rows of one call share its time
     lede = (
         f"Each op was put at each site alone, and repaired; the damage is how far the outputs are "
         f"from the original's. Most: {most['op']} at {most['site']}. Least: {least['op']} at "
@@ -43,7 +44,7 @@ def _content(records: list[Record]) -> Content:
         ("ops and forms", str(len({r["op"] for r in records}))),
         ("least damage", nats(least["damage"])),
         ("most damage", nats(most["damage"])),
-        ("time taken", f"{sum({r['site']: r['seconds'] for r in records}.values()):,.0f} s"),
+        ("time taken", f"{sum(seconds for _, seconds in calls):,.0f} s"),
     )
     damage = spread_axis("damage (KL divergence, nats)", [r["damage"] for r in records], "~g")
     groups = {op: [r for r in records if family(r["op"]) == op] for op in palette}
