@@ -136,8 +136,9 @@ def check_same(path: Path, now: Mapping[str, Any], *, free: Collection[str] = ()
 
     Raises:
         TrainingError: Another field differs; the message names it and both values.
+        SurgeryError: The file holds something else.
     """
-    then = read_json(path) if path.exists() else now
+    then = _read_setting(path) if path.exists() else now
     _refuse_other(path, then, now, [name for name in {**now, **then} if name not in free])
     write_json(path, now)
 
@@ -147,9 +148,17 @@ def refuse_other(path: Path, known: Mapping[str, Any]) -> None:
 
     Raises:
         TrainingError: A field differs.
+        SurgeryError: The file holds something else.
     """
     if path.exists():
-        _refuse_other(path, read_json(path), known, known)
+        _refuse_other(path, _read_setting(path), known, known)
+
+
+def _read_setting(path: Path) -> dict[str, Any]:
+    then = read_json(path)
+    if not isinstance(then, dict):
+        raise SurgeryError(f"{path} holds no setting of a run; choose another folder.")
+    return then
 
 
 def _refuse_other(

@@ -123,6 +123,13 @@ def test_a_run_is_not_touched_by_one_that_is_refused(images, tmp_path):
     write_report(tmp_path)
 
 
+@pytest.mark.parametrize("line", ["5", "{}", '{"what": 1}'])
+def test_damaged_lines_are_named(images, tmp_path, line):
+    (tmp_path / NETWORKS).write_text(f"{line}\n")
+    with pytest.raises(SurgeryError, match=rf"{NETWORKS}, line 1, is"):
+        search(trained_like(), budget(macs="60%"), images, ops=(), out=tmp_path)
+
+
 def test_labels_give_accuracies(images):
     rows = sensitivity(
         trained_like(),
@@ -246,6 +253,12 @@ def test_two_processes_share_a_study(tmp_path, kind):
     study, options = open_study(storage, SITES, {"unit": "macs"})
     front = explore(study, options, lambda places: pytest.fail("it is complete"), [], trials=20)
     assert (0.0, 2.0) in {(trial.damage, trial.cost) for trial in front}
+
+
+@pytest.mark.parametrize("name", ["a #1?b=c {d} %20.db", "a #1?b=c {d} %20.log"])
+def test_a_study_is_in_the_file_that_was_named(tmp_path, name):
+    open_study(tmp_path / name, SITES, {"unit": "macs"})
+    assert (tmp_path / name).stat().st_size > 0
 
 
 def test_the_cheapest_within_a_drop(images):

@@ -166,6 +166,21 @@ def test_a_study_goes_on_where_it_was(tmp_path, monkeypatch):
         layer_study(train, val, tmp_path, setting=replace(TINY, epochs=2))
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("setting.json", "[1]"),
+        ("trainings.jsonl", '{"nme": 1}\n'),
+        ("trainings.jsonl", '{"name": "a", "top1": null}\n'),
+        ("trainings.jsonl", "5\n"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(SurgeryError, match=name):
+        layer_study(batches(24), batches(12), tmp_path, setting=TINY)
+
+
 def test_a_diverging_training_is_named(tmp_path):
     train = batches(24)
     train[0][0][:] = float("nan")

@@ -45,15 +45,15 @@ def cut_log(path: Path, step: int) -> None:
     What a killed write left of a line goes too.
 
     Raises:
+        SurgeryError: A line holds something else than a record.
         TrainingError: The log cannot be written.
     """
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         with suppress(json.JSONDecodeError):
-            record = json.loads(line)
-            if record.get("step", 0) <= step:
+            if _record(path, number, line).get("step", 0) <= step:
                 kept.append(line + "\n")
     try:
         write_atomically(path, "".join(kept).encode())
@@ -65,7 +65,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a file of JSON lines; what a killed run left of its last line is passed over.
 
     Raises:
-        SurgeryError: It is missing, or another line is not JSON.
+        SurgeryError: It is missing, or another line is not a record.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -74,11 +74,18 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
+            records.append(_record(path, number, line))
         except ValueError as error:
             if number < len(lines):
                 raise SurgeryError(f"{path}, line {number}, is not JSON: {error}.") from None
     return records
+
+
+def _record(path: Path, number: int, line: str) -> dict[str, Any]:
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise SurgeryError(f"{path}, line {number}, is no record; remove the line: {line:.40}")
+    return record
 
 
 def write_epochs(path: Path, history: Iterable[EpochRecord]) -> None:

@@ -126,7 +126,7 @@ def unfinished(folder: Path) -> bool:
         return False
     log = folder / LOG
     last = read_lines(log)[-1:] if log.exists() else []
-    return int(match[1]) < int(match[2]) or not any(record["kind"] == "end" for record in last)
+    return int(match[1]) < int(match[2]) or not any(record.get("kind") == "end" for record in last)
 
 
 def remove_all(folder: Path) -> None:

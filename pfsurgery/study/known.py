@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pfsurgery.errors import SurgeryError
 from pfsurgery.recover.choices import Choices, Places
 from pfsurgery.recover.logs import cut_log, json_lines, read_lines
 
@@ -19,6 +20,9 @@ class Known:
     Args:
         folder: Run folder, where what a killed run left of a line is dropped; None remembers
             nothing beyond this object.
+
+    Raises:
+        SurgeryError: A line there is not what this class writes.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -27,7 +31,12 @@ class Known:
         self._values: dict[str, Any] = {}
         if path is not None and path.exists():
             cut_log(path, 0)  # drops what a killed write left of a line
-            self._values = {_key(line["what"]): line["value"] for line in read_lines(path)}
+            for number, line in enumerate(read_lines(path), 1):
+                if line.keys() != {"what", "value"}:
+                    raise SurgeryError(
+                        f"{path}, line {number}, is not a measured network; remove the line."
+                    )
+                self._values[_key(line["what"])] = line["value"]
 
     def measured(self, what: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
         """What `measure` gave, now or in an earlier run; both are JSON-ready."""

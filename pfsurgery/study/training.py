@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pfsurgery.batches import Images
-from pfsurgery.errors import TrainingError
+from pfsurgery.errors import SurgeryError, TrainingError
 from pfsurgery.measure import count, latency
 from pfsurgery.recover import evaluate, finetune
 from pfsurgery.recover.logs import cut_log, json_lines, read_lines
@@ -69,7 +69,7 @@ class Trainings:
         note_run(self.out, kind)
         cut_log(self.out / TRAININGS, 0)
         self._write = json_lines(self.out / TRAININGS)
-        self._done = {str(entry["name"]): float(entry["top1"]) for entry in self._entries()}
+        self._done = self._taken_up()
 
     @property
     def example(self) -> Tensor:
@@ -134,11 +134,17 @@ class Trainings:
             for name in models
         }
 
-    def _entries(self) -> list[dict[str, Any]]:
-        path = self.out / TRAININGS
-        if not path.exists():
-            return []
-        return read_lines(path)
+    def _taken_up(self) -> dict[str, float]:
+        """Top-1 of what is done, by name."""
+        path, done = self.out / TRAININGS, {}
+        for number, entry in enumerate(read_lines(path) if path.exists() else [], 1):
+            try:
+                done[str(entry["name"])] = float(entry["top1"])
+            except (KeyError, TypeError, ValueError):
+                raise SurgeryError(
+                    f"{path}, line {number}, is not a finished training; remove the line."
+                ) from None
+        return done
 
 
 def name_of(source: Images | str | Path) -> str:
