@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -34,13 +34,12 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
     ready: dict[Path, Path] = {}
     try:
         for path, content in contents.items():
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            ready[path] = Path(temporary)
-            with os.fdopen(handle, "wb") as file:
+            # tempfile would make it readable for its owner alone, whatever the umask says.
+            ready[path] = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+            with ready[path].open("xb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            ready[path].chmod(0o644)
         for path, written in ready.items():
             written.replace(path)
     except BaseException:

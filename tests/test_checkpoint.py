@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -245,6 +246,17 @@ def test_an_unwritable_directory_is_an_error(fast, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SurgeryError, match="cannot be written"):
         save(fast, tmp_path / "file" / "folder")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no umask")
+@pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0o007, 0o660)])
+def test_files_have_the_mode_that_the_umask_leaves(fast, tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        save(fast, tmp_path)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {mode}
 
 
 def test_shared_tensors_are_saved(tmp_path):
