@@ -122,7 +122,8 @@ def _name_of(model: nn.Module) -> str:
 def _command() -> str:
     """The command line of this process, if it is pfsurgery's."""
     program = Path(sys.argv[0])
-    ours = program.name == "pfsurgery" or program.parent.name == "cli"
+    module = Path(__file__).parent / "cli" / "__main__.py"  # python -m pfsurgery.cli
+    ours = program.name == "pfsurgery" or program.resolve() == module.resolve()
     return shlex.join(["pfsurgery", *sys.argv[1:]]) if ours else ""
 
 

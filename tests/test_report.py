@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
+from pfsurgery import run_folder
 from pfsurgery.errors import SurgeryError
 from pfsurgery.report import write_report
 from pfsurgery.report.palette import colors, family
 from pfsurgery.report.search import front
+from pfsurgery.run_folder import note_run
 from tests import browser, runs, test_cli, test_cli_finetune
 
 cli, folder = test_cli.cli, test_cli.folder
@@ -101,6 +103,17 @@ def test_a_fine_tuning_on_the_command_line(cli, folder, tmp_path, monkeypatch):
     assert "no command that does it again" in left
     (run / "log.jsonl").unlink()
     assert "<h2>Training</h2>" in text_of(write_report(run, tmp_path / "epochs.html"))
+
+
+def test_only_our_own_command_is_noted(tmp_path, monkeypatch):
+    for program, noted in (
+        ("/usr/bin/pfsurgery", "pfsurgery report run"),
+        (str(Path(run_folder.__file__).parent / "cli/__main__.py"), "pfsurgery report run"),
+        ("/home/me/cli/mine.py", ""),
+        ("train.py", ""),
+    ):
+        monkeypatch.setattr(sys, "argv", [program, "report", "run"])
+        assert note_run(tmp_path, "nas").command == noted
 
 
 def test_all_calls_at_a_site_are_in_the_time_taken(made):
