@@ -9,7 +9,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from pfsurgery.errors import SurgeryError, TrainingError, UnsupportedSiteError
+from pfsurgery.errors import DataError, SurgeryError, TrainingError, UnsupportedSiteError
 from pfsurgery.run_folder import read_run
 from pfsurgery.study import darts, nas
 from pfsurgery.study.darts import SearchSetting
@@ -113,6 +113,12 @@ def test_a_search_goes_on_where_it_was(tmp_path, monkeypatch):
     other = replace(TINY, search=replace(TINY.search, seed=1))
     with pytest.raises(SurgeryError, match=r"search_seed \(then 0, now 1\)"):
         nas_study(train, val, tmp_path / "cut", setting=other)
+
+
+def test_one_image_a_class_is_too_few(tmp_path):
+    pixels, val = torch.randn(3, 3, 16, 16), test_study_layer.batches(12)
+    with pytest.raises(DataError, match="at least two images of a class"):
+        nas_study([(pixels, torch.arange(3))], val, tmp_path, setting=TINY)
 
 
 def test_a_diverging_search_says_so(tmp_path):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from pfsurgery.batches import Images
-from pfsurgery.errors import SurgeryError
+from pfsurgery.errors import DataError, SurgeryError
 from pfsurgery.recover.progress import tracked
 from pfsurgery.recover.state import writable_folder
 from pfsurgery.run_folder import write_json
@@ -223,11 +223,17 @@ def nas_study(
         setting: What to search and train; `SMALL` or `FULL`, or one of your own.
 
     Raises:
+        DataError: No class has two training images.
         SurgeryError: The images cannot be opened, a training diverges, `out` cannot be written or
             holds another setting; the message says what to do.
     """
     folder = writable_folder(out)
     images = study_images(train, val, setting)
+    if not len(images.train.halves()[1]):
+        raise DataError(
+            f"The search needs at least two images of a class, one for each half that it trains "
+            f"on, and none of {name_of(train)} has: give more, or a setting with more images."
+        )
     trainings = Trainings(folder, "nas", setting, images, (name_of(train), name_of(val)))
     dense = _dense(trainings, setting.search.seed)
     sites = bottlenecks(dense, trainings.example)
