@@ -12,7 +12,7 @@ from torch import nn
 
 import pfsurgery
 from pfsurgery import Plan, budget, convert, convert_, load, plan, reconstruct, record, save
-from pfsurgery.errors import DataError, PolicyError, RecordMismatchError, UnsupportedSiteError
+from pfsurgery.errors import DataError, NoSitesError, PolicyError, RecordMismatchError, UnsupportedSiteError
 from pfsurgery.measure import count
 from pfsurgery.ops.bottleneck import Bottleneck
 from pfsurgery.ops.columns import Columns
@@ -235,6 +235,8 @@ def test_what_cannot_be_done_is_said_and_changes_nothing(images):
         convert_(model, budget(macs="40%"))
     with pytest.raises(DataError, match="no batch"):
         convert_(model, budget(macs="40%"), images=[])
+    with pytest.raises(NoSitesError):
+        convert_(nn.ReLU(), budget(macs="40%"), images=images)
     fixed = sum(d.site.macs for d in plan(model, "maxpool_all", example=images[0][:1]).replaced)
     rest = count(model, images[0][:1]).macs - fixed
     with pytest.raises(PolicyError, match="least"):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pfsurgery.batches import sample_images
 from pfsurgery.errors import DataError
 from pfsurgery.modules import copied
+from pfsurgery.recover.state import placement
 
 _FEWEST = 64  # images of which a part is held out
 _IMAGE = 3 * 224 * 224
@@ -33,10 +34,10 @@ def calibration_batches(images: Any, model: nn.Module) -> list[Tensor]:
             "This is fitted to images: pass images= (a few hundred to a few thousand, "
             "unlabelled), as an iterable of batches (N, C, H, W), a DataLoader or a path."
         )
-    parameter = next(model.parameters())
-    most = _CPU_BATCH if parameter.device.type == "cpu" else _GPU_BATCH
+    device, dtype = placement(model)
+    most = _CPU_BATCH if device.type == "cpu" else _GPU_BATCH
     batches = [
-        part.to(parameter.device, parameter.dtype)
+        part.to(device, dtype)
         for batch in sample_images(images, model)
         for part in torch.split(batch, max(1, most // max(1, batch.shape[1:].numel())))
         if len(part)
