@@ -12,7 +12,13 @@ from torch import nn
 
 import pfsurgery
 from pfsurgery import Plan, budget, convert, convert_, load, plan, reconstruct, record, save
-from pfsurgery.errors import DataError, NoSitesError, PolicyError, RecordMismatchError, UnsupportedSiteError
+from pfsurgery.errors import (
+    DataError,
+    NoSitesError,
+    PolicyError,
+    RecordMismatchError,
+    UnsupportedSiteError,
+)
 from pfsurgery.measure import count
 from pfsurgery.ops.bottleneck import Bottleneck
 from pfsurgery.ops.columns import Columns
@@ -319,6 +325,22 @@ def test_a_teacher_of_other_classes_is_refused_at_once(images, refit):
         refit(fast, model, images, tell=told.append)
     assert not told
     assert all(torch.equal(before[key], value) for key, value in fast.state_dict().items())
+
+
+@pytest.mark.parametrize("refit", [reconstruct, refit_layers])
+def test_a_teacher_may_have_another_dtype(images, refit):
+    model = trained_like()
+    fast = convert(model, "shift_all", example=images[0][:1])
+    other = copy.deepcopy(fast)
+    refit(fast, model, images)
+    model.double()
+    before = copy.deepcopy(model.state_dict())
+    refit(other, model, images)
+    assert all(torch.equal(fast.state_dict()[key], v) for key, v in other.state_dict().items())
+    after = model.state_dict()
+    assert all(
+        v.dtype == after[key].dtype and torch.equal(v, after[key]) for key, v in before.items()
+    )
 
 
 def test_reconstruct_keeps_the_state_dict_names(images, tmp_path):

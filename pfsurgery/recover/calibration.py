@@ -81,6 +81,12 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     return copied(model).eval().requires_grad_(False)
 
 
+def frozen_teacher(teacher: nn.Module, model: nn.Module) -> nn.Module:
+    """A frozen copy of `teacher` that runs on the same images as `model`: its device and dtype."""
+    copied, place = frozen_copy(teacher), placement(model)
+    return copied if placement(copied) == place else copied.to(*place)
+
+
 def dressed(student: nn.Module, model: nn.Module) -> nn.Module:
     """The student with the train flags and gradient flags of the model.
 

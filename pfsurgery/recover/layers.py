@@ -15,7 +15,12 @@ from pfsurgery.errors import RecordMismatchError
 from pfsurgery.graph import GraphView, view
 from pfsurgery.neighbours import neighbours_of_module
 from pfsurgery.policy import Tell
-from pfsurgery.recover.calibration import calibration_batches, frozen_copy, hold_out
+from pfsurgery.recover.calibration import (
+    calibration_batches,
+    frozen_copy,
+    frozen_teacher,
+    hold_out,
+)
 from pfsurgery.recover.capture import capture
 from pfsurgery.recover.columns import Window, column_rows, operations
 from pfsurgery.recover.distance import check_same_outputs
@@ -44,7 +49,7 @@ def refit_layers(
 
     Args:
         model: The edited network, for instance a pruned one.
-        teacher: The original.
+        teacher: The original, in any dtype and on any device.
         images: A few hundred to a few thousand unlabelled images, as `recalibrate` takes them.
         tell: Called with a line of text for each layer.
 
@@ -57,7 +62,7 @@ def refit_layers(
         DataError: There is no image, or a value is not finite.
     """
     batches, judges = hold_out(calibration_batches(images, model))
-    student, original = frozen_copy(model), frozen_copy(teacher)
+    student, original = frozen_copy(model), frozen_teacher(teacher, model)
     check_same_outputs(student, original, batches[0][:1])
     seen = view(original, (batches[0][:1],))
     twins = [_twin(student, original, name, seen) for name in _convolutions(original, seen)]

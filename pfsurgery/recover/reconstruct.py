@@ -13,6 +13,7 @@ from pfsurgery.recover.behind import aim_behind, fitted_aims, refit_behind
 from pfsurgery.recover.calibration import (
     calibration_batches,
     frozen_copy,
+    frozen_teacher,
     hold_out,
     in_fast_layout,
 )
@@ -41,7 +42,7 @@ def reconstruct(
 
     Args:
         model: What `convert` made.
-        teacher: The model as it was before.
+        teacher: The model as it was before, in any dtype and on any device.
         images: A few hundred to a few thousand unlabelled images, as `recalibrate` takes them.
         tell: Called with a line of text for each site.
 
@@ -52,7 +53,7 @@ def reconstruct(
         RecordMismatchError: The model was not made by `convert`, or not from `teacher`.
         DataError: There is no image, or a value is not finite.
     """
-    student, original = frozen_copy(model), frozen_copy(teacher)
+    student, original = frozen_copy(model), frozen_teacher(teacher, model)
     batches, judges = hold_out(in_fast_layout(original, calibration_batches(images, model)))
     check_same_outputs(student, original, batches[0][:1])
     recalibrate(student, batches)
