@@ -282,6 +282,19 @@ def test_the_cheapest_within_a_drop(images):
         convert(model, budget(max_drop=1, validate=lambda network: float("nan")), images=images)
 
 
+def test_a_drop_is_a_number_of_points():
+    with pytest.raises(PolicyError, match=r"number of points .* not '1%'"):
+        budget(max_drop="1%", validate=lambda network: 50.0)
+
+
+def test_a_drop_with_no_site_to_change_keeps_the_model(images):
+    model = trained_like()
+    policy = budget(max_drop=1.0, validate=lambda network: 50.0)
+    same = convert(model, policy, images=images, exclude="*")
+    assert torch.equal(same(images[0]), model(images[0]))
+    assert not record(same).replaced
+
+
 def test_fastest_changes_only_what_is_measured_faster():
     model = trained_like()
     assert "fastest" in list_policies()

@@ -249,6 +249,11 @@ def budget(
         )
     if (max_drop is None) != (validate is None):
         raise PolicyError("max_drop and validate go together: a drop is known by validating.")
+    if isinstance(max_drop, str):
+        raise PolicyError(
+            f"max_drop is a number of points of accuracy, such as budget(max_drop=1.0), not "
+            f"{max_drop!r}."
+        )
     if batch < 1:
         raise PolicyError(f"A batch has 1 image or more, not {batch}.")
     absolute(given[0], 1.0)

@@ -33,11 +33,14 @@ def cheapest_within(
         tell: Called with a line of text for each network.
 
     Returns:
-        The edited network of the smallest budget that kept the accuracy, and what was done.
+        The edited network of the smallest budget that kept the accuracy, and what was done; the
+        original if there is no site.
 
     Raises:
         PolicyError: Every network that was tried lost more, or `validate` gives no number.
     """
+    if not points:
+        return choices.teacher, {}
     before = _accuracy(validate, choices.teacher)
     low = sum(min(cost for cost, _ in options) for options in points.values())
     whole = sum(options[0][0] for options in points.values())
