@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import fuse_conv_bn_eval
 
 import pfsurgery
 from pfsurgery import Plan, budget, convert, convert_, load, plan, reconstruct, record, save
@@ -351,6 +352,33 @@ def test_reconstruct_keeps_the_state_dict_names(images, tmp_path):
     assert list(fast.state_dict()) == names
     again = load(save(fast, tmp_path), base=Net)
     assert torch.equal(again(images[0]), fast(images[0]))
+
+
+def test_layers_whose_norm_was_fused_are_not_refitted(images):
+    model = trained_like()
+    edited = copy.deepcopy(model)
+    edited.conv1 = fuse_conv_bn_eval(edited.conv1, edited.norm1)
+    edited.norm1 = nn.Identity()
+    refits = {refit.site: refit for refit in refit_layers(edited, model, images)}
+    assert refits["conv1"].layer is None
+    assert refits["conv1"].reason == "the edited network has no batch norm at norm1"
+    assert refits["conv2"].layer == "conv2"
+    assert distance(model, edited, images) < 1e-3
+
+
+def test_layers_that_pad_otherwise_are_not_refitted(images):
+    model = trained_like()
+    model.conv1 = nn.Conv2d(12, 12, 3, padding=1, bias=False, padding_mode="reflect")
+    edited = copy.deepcopy(model)
+    with torch.no_grad():
+        edited.conv2.weight[:, 0] = 0
+    refits = {refit.site: refit for refit in refit_layers(edited, model, images)}
+    assert refits["conv1"].reason == "its padding is reflect, not zeros"
+    assert torch.equal(edited.conv1.weight, model.conv1.weight)
+    assert refits["conv2"].after < refits["conv2"].before
+    ring = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"))
+    with pytest.raises(RecordMismatchError, match=r"maps onto .* \(0: its padding is circular"):
+        refit_layers(ring, ring, images)
 
 
 def test_a_latency_budget_is_spent_on_this_device(images):

@@ -66,10 +66,13 @@ def refit_layers(
     check_same_outputs(student, original, batches[0][:1])
     seen = view(original, (batches[0][:1],))
     twins = [_twin(student, original, name, seen) for name in _convolutions(original, seen)]
-    if all(isinstance(twin, Refit) for twin in twins):
+    misfits = [twin for twin in twins if isinstance(twin, Refit)]
+    if len(misfits) == len(twins):
+        reasons = "; ".join(f"{misfit.site}: {misfit.reason}" for misfit in misfits[:3])
         raise RecordMismatchError(
-            f"No convolution of {type(model).__name__} maps onto one of the original's: is it the "
-            f"network that was edited, before norms were re-estimated or trained?"
+            f"No convolution of {type(model).__name__} maps onto one of the original's "
+            f"({reasons}): is it the network that was edited, before norms were re-estimated or "
+            f"trained?"
         )
     done = []
     for twin in tracked(twins, "refitting"):
@@ -112,25 +115,33 @@ def _convolutions(original: nn.Module, seen: GraphView) -> list[str]:
 
 
 def _twin(student: nn.Module, original: nn.Module, name: str, seen: GraphView) -> _Twin | Refit:
-    old = original.get_submodule(name)
-    try:
-        new = student.get_submodule(name)
-    except AttributeError:
-        new = None
+    old, new = original.get_submodule(name), _module(student, name)
     if not isinstance(old, nn.Conv2d) or not isinstance(new, nn.Conv2d):
         return Refit(name, None, reason="the edited network has no such convolution")
     if new.groups > 1:
         return Refit(name, None, reason="it is grouped")
     if (new.kernel_size, new.stride) != (old.kernel_size, old.stride):
         return Refit(name, None, reason="its geometry is not that of the original's")
+    if new.padding_mode != "zeros":
+        return Refit(name, None, reason=f"its padding is {new.padding_mode}, not zeros")
     around = neighbours_of_module(name, seen)
     how = readout_of(original, around, old.out_channels)
     path = name if how.norm is None else how.norm
-    kept = _kept(student.get_submodule(path), original.get_submodule(path))
+    mark = _module(student, path)
+    if mark is None or (how.norm is not None and not isinstance(mark, _BatchNorm)):
+        return Refit(name, None, reason=f"the edited network has no batch norm at {path}")
+    kept = _kept(mark, original.get_submodule(path))
     if kept is None:
         return Refit(name, None, reason=f"{path} does not tell which channels were kept")
     part = replace(how, scale=how.scale[kept], shift=how.shift[kept], weights=how.weights[kept])
     return _Twin(name, kept, part)
+
+
+def _module(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def _kept(new: nn.Module, old: nn.Module) -> Tensor | None:
