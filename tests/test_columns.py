@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from pfsurgery.errors import DataError
+from pfsurgery.recover.channels import ChannelSums
 from pfsurgery.recover.columns import (
     Operation,
     Window,
@@ -114,6 +115,24 @@ def test_linear_targets_need_no_data() -> None:
     torch.testing.assert_close(found.cross, wanted.cross, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(found.target, wanted.target, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found.target_mean, wanted.target_mean, atol=1e-6, rtol=1e-5)
+
+
+def test_the_input_of_a_wide_window_is_padded_once(monkeypatch) -> None:
+    torch.manual_seed(0)
+    window = Window((7, 7), padding=(3, 3, 3, 3))
+    ops = [op for op in operations(window, reach=3) if op.linear]
+    x, chosen = torch.randn(4, 52, 9, 9), torch.randperm(4 * 81)[:200]
+    wanted = torch.stack([column_rows(x[:, [c]], window, [op])[:, 0] for c, op in enumerate(ops)])
+    y = 2 * wanted.view(52, 4, 9, 9).transpose(0, 1) - 1
+    pad, calls = F.pad, []
+    monkeypatch.setattr(F, "pad", lambda *args, **more: calls.append(1) or pad(*args, **more))
+    sums = ChannelSums(len(ops), 52)
+    sums.add(x, y, window, ops, chosen)
+    assert len(calls) == 1
+    fit = sums.fit(torch.ones(52, dtype=torch.float64))
+    assert fit.ops.tolist() == list(range(52))
+    torch.testing.assert_close(fit.scale, torch.full((52,), 2.0).double())
+    torch.testing.assert_close(fit.offset, torch.full((52,), -1.0).double(), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pfsurgery.errors import DataError
-from pfsurgery.recover.columns import Operation, Window, column_rows
+from pfsurgery.recover.columns import Operation, Reader, Window
 
 _FLAT = 1e-12  # of the largest variance: below it a channel is constant
 
@@ -60,8 +60,10 @@ class ChannelSums:
         goal = y.float().permute(0, 2, 3, 1).reshape(-1, y.shape[1])
         goal = (goal if positions is None else goal[positions]).double().cpu()
         sums = torch.zeros_like(self._columns)
+        reader = Reader(x.float(), window, positions)
         for place, op in enumerate(ops):
-            column = column_rows(x.float(), window, [op], positions).double().cpu()
+            column = reader.apply(op).double().cpu()
+            reader.read.clear()  # all taps of a 7x7 at once may be a gigabyte
             sums[0, place] = column.sum(0)
             sums[1, place] = column.square().sum(0)
             sums[2, place] = (column * goal).sum(0)

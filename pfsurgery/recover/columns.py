@@ -110,7 +110,7 @@ def operations(window: Window, *, reach: int = 1, pools: bool = True) -> tuple[O
     return tuple(taps + averages + maxima)
 
 
-class _Reader:
+class Reader:
     """Reads taps of an input at chosen output positions, one row of channels a position.
 
     Taps that are columns themselves are read once, for the averages over them too.
@@ -185,7 +185,7 @@ def column_rows(
     Returns:
         (P, len(ops) * C), operation by operation: column `o * C + c` is channel c under `ops[o]`.
     """
-    reader = _Reader(x, window, positions)
+    reader = Reader(x, window, positions)
     return torch.cat([reader.apply(op) for op in ops], dim=1)
 
 
