@@ -117,10 +117,15 @@ def autocast(args: argparse.Namespace) -> Any:
     return torch.autocast(args.device, dtype=dtype)
 
 
-def split(model: nn.Module, teacher: nn.Module, batches: list[Batch], args: Any) -> dict[str, Any]:
-    """Median milliseconds of the parts of a step, each waited for."""
+def split(
+    model: nn.Module, teacher: nn.Module, batches: list[Batch], args: Any
+) -> dict[str, list[float]]:
+    """Milliseconds of the parts of some steps, each waited for."""
     wait = waiting(args)
     model, teacher = model.to(args.device).train(), teacher.to(args.device).eval()
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    model.to(memory_format=layout)
+    teacher.to(memory_format=layout)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
     taken: dict[str, list[float]] = {}
 
@@ -140,9 +145,12 @@ def split(model: nn.Module, teacher: nn.Module, batches: list[Batch], args: Any)
         with autocast(args):
             return model(images)
 
-    for step in range(args.steps):
+    for step in range(WARM_UP + -(-args.steps // args.rounds)):
         images, labels = batches[step % len(batches)]
-        images = timed("data to device", lambda images=images: images.to(args.device))
+        images = timed(
+            "data to device",
+            lambda images=images: images.to(args.device, memory_format=layout),
+        )
         labels = labels.to(args.device)
         wanted = timed("teacher", lambda images=images: seen_by_teacher(images))
         logits = timed("forward", lambda images=images: seen_by_student(images))
@@ -150,7 +158,7 @@ def split(model: nn.Module, teacher: nn.Module, batches: list[Batch], args: Any)
         timed("backward", loss.backward)
         timed("optimiser", optimizer.step)
         optimizer.zero_grad()
-    return {name: round(statistics.median(times[WARM_UP:]), 3) for name, times in taken.items()}
+    return {name: times[WARM_UP:] for name, times in taken.items()}
 
 
 def waiting(args: argparse.Namespace) -> Callable[[], None]:
@@ -228,13 +236,17 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     original, fast, batches = prepared(args)
     contenders = loops(original, fast, args)
     times: dict[str, list[float]] = {name: [] for name in contenders}
+    of_parts: dict[str, list[float]] = {}
     for turn in range(args.rounds):
         for name in list(contenders) if turn % 2 else list(contenders)[::-1]:
             data = Clocked(batches, WARM_UP + args.steps, waiting(args))
             contenders[name](data)
             times[name] += data.step_times()
+        taken = split(copy.deepcopy(fast), copy.deepcopy(original), batches, args)
+        for name, mine in taken.items():
+            of_parts.setdefault(name, []).extend(mine)
     medians = {name: statistics.median(taken) for name, taken in times.items()}
-    parts = split(copy.deepcopy(fast), copy.deepcopy(original), batches, args)
+    parts = {name: round(statistics.median(taken), 3) for name, taken in of_parts.items()}
     teacher = 1000 * (medians["ours with teacher"] - medians["ours"])
     return {
         "machine": machine.describe(args.device),
@@ -268,8 +280,8 @@ def main() -> None:
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
