@@ -83,8 +83,8 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 def frozen_teacher(teacher: nn.Module, model: nn.Module) -> nn.Module:
     """A frozen copy of `teacher` that runs on the same images as `model`: its device and dtype."""
-    copied, place = frozen_copy(teacher), placement(model)
-    return copied if placement(copied) == place else copied.to(*place)
+    original, place = frozen_copy(teacher), placement(model)
+    return original if placement(original) == place else original.to(*place)
 
 
 def dressed(student: nn.Module, model: nn.Module) -> nn.Module:
