@@ -235,7 +235,7 @@ def _share_a_study(storage: str, log: str) -> None:
 
     study, options = open_study(storage, SITES, {"unit": "macs"})
     assert options == SITES
-    explore(study, options, evaluate, [], trials=20)
+    explore(study, options, evaluate, [], trials=60)  # none of six choices is missed by chance
 
 
 @pytest.mark.parametrize("kind", ["db", "log"])
@@ -251,7 +251,7 @@ def test_two_processes_share_a_study(tmp_path, kind):
     # Both may begin with the same choice at the same moment; afterwards nothing is repeated.
     assert len(set(evaluated)) <= len(evaluated) <= len(set(evaluated)) + 2
     study, options = open_study(storage, SITES, {"unit": "macs"})
-    front = explore(study, options, lambda places: pytest.fail("it is complete"), [], trials=20)
+    front = explore(study, options, lambda places: pytest.fail("it is complete"), [], trials=60)
     assert (0.0, 2.0) in {(trial.damage, trial.cost) for trial in front}
 
 
