@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from pfsurgery.errors import (
 )
 from pfsurgery.example import Example, example_inputs
 from pfsurgery.modularise import modularise
-from pfsurgery.modules import copied
+from pfsurgery.modules import Model, copied
 from pfsurgery.plan import Decision, Mixing, Plan, make_plan, warn_of_no_effect
 from pfsurgery.policy import KEEP, DataPolicy, DevicePolicy, PolicyLike, Tell, get_policy
 from pfsurgery.record import remember
@@ -24,8 +24,6 @@ from pfsurgery.scan import refuse_wrapped, scan
 from pfsurgery.select import Patterns, Where
 from pfsurgery.shadow import dry_run
 from pfsurgery.sites import Convolution
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 def plan(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from typing import TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from pfsurgery.errors import RecordMismatchError, SurgeryError, closest
 
@@ -105,3 +106,12 @@ def copied(model: Model) -> Model:
             f"way, run the model once under torch.no_grad() before; a policy of rules can convert "
             f"it in place, with convert_."
         ) from error
+
+
+def set_layout(model: nn.Module, layout: torch.memory_format) -> None:
+    """As `Module.to(memory_format=layout)`, which fails on kernels of three dimensions."""
+
+    def laid_out(tensor: Tensor) -> Tensor:
+        return tensor.contiguous(memory_format=layout) if tensor.dim() == 4 else tensor
+
+    model._apply(laid_out)  # type: ignore[no-untyped-call]

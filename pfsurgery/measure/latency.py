@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from pfsurgery.errors import ShapeError, SurgeryError
 from pfsurgery.example import Example, example_inputs
 from pfsurgery.measure.state import explained, undisturbed
+from pfsurgery.modules import set_layout
 
 MemoryFormat = Literal["contiguous", "channels_last"]
 
@@ -168,11 +169,8 @@ def in_format(
             return leaf.contiguous(memory_format=layout)
         return leaf
 
-    def laid_out(tensor: Tensor) -> Tensor:
-        return tensor.to(memory_format=layout) if tensor.dim() == 4 else tensor
-
-    # Module.to does the same, but fails on kernels of three dimensions.
-    copy = deepcopy(model)._apply(laid_out)  # type: ignore[no-untyped-call]
+    copy = deepcopy(model)
+    set_layout(copy, layout)
     return copy, tree_map(convert, args)
 
 

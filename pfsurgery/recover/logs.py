@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pfsurgery.errors import SurgeryError, TrainingError, UnknownNameError, closest
 from pfsurgery.files import write_atomically
@@ -18,6 +18,8 @@ from pfsurgery.recover.config import EpochRecord, FinetuneConfig
 LOG = "log.jsonl"
 EPOCHS = "epochs.csv"
 BOARD = "tensorboard"
+
+Parsed = TypeVar("Parsed")
 
 
 def json_lines(path: Path | None) -> Callable[[dict[str, Any]], None]:
@@ -79,6 +81,21 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise SurgeryError(f"{path}, line {number}, is not JSON: {error}.") from None
     return records
+
+
+def parsed_lines(path: Path, parse: Callable[[dict[str, Any]], Parsed], what: str) -> list[Parsed]:
+    """What `parse` makes of each record of `read_lines`; nothing where the file is not there yet.
+
+    Raises:
+        SurgeryError: It cannot be read, or a record is not `what`.
+    """
+    parsed = []
+    for number, record in enumerate(read_lines(path) if path.exists() else (), 1):
+        try:
+            parsed.append(parse(record))
+        except (KeyError, TypeError, ValueError):
+            raise SurgeryError(f"{path}, line {number}, is not {what}; remove the line.") from None
+    return parsed
 
 
 def _record(path: Path, number: int, line: str) -> dict[str, Any]:

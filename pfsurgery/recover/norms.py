@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pfsurgery.batches import Images, sample_images, unlabelled_images
 from pfsurgery.errors import DataError, TrainingError
+from pfsurgery.recover.capture import on_input
 from pfsurgery.recover.state import keep_random_state, keep_train_flags, placement
 
 
@@ -92,10 +94,7 @@ def reestimate(
             )
         pools[norms[name]].add(x)
 
-    handles = [
-        module.register_forward_pre_hook(lambda _, inputs, name=name: collect(name, inputs[0]))
-        for name, module in norms.items()
-    ]
+    handles = [on_input(module, partial(collect, name)) for name, module in norms.items()]
     try:
         with keep_random_state(), keep_train_flags(model), torch.no_grad():
             _run(model, list(norms.values()), batches)

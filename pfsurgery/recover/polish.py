@@ -53,9 +53,11 @@ def polish(
             student.load_state_dict(before)
 
     attempt("norms re-estimated", lambda: recalibrate(student, list(batches)))
-    goal = logits_in(outputs(teacher, batches))
-    classifier = None if goal is None else _classifier(teacher, goal.shape[1])
-    if goal is not None and classifier is not None:
+    logits = logits_in(wanted)
+    classifier = None if logits is None else _classifier(teacher, logits.shape[1])
+    if classifier is not None:
+        goal = logits_in(outputs(teacher, batches))
+        assert goal is not None
         attempt("classifier refitted", lambda: _refit(student, goal, classifier, batches))
 
 

@@ -56,12 +56,6 @@ def keep_layouts(*models: nn.Module) -> Iterator[None]:
             p.data = p.data.contiguous(memory_format=wanted)
 
 
-def to_channels_last(model: nn.Module) -> None:
-    """As `Module.to` does it, which fails on a model with kernels of three dimensions."""
-    for p in _kernels(model):
-        p.data = p.data.contiguous(memory_format=torch.channels_last)
-
-
 def _kernels(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.dim() == 4]
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pfsurgery.batches import images_of
 from pfsurgery.errors import TrainingError
 from pfsurgery.files import remove_remains
+from pfsurgery.modules import set_layout
 from pfsurgery.recover import logs, snapshot
 from pfsurgery.recover.config import EpochRecord, FinetuneConfig
 from pfsurgery.recover.config_file import write_config
@@ -36,7 +37,6 @@ from pfsurgery.recover.state import (
     non_finite,
     restore_weights,
     same_buffers,
-    to_channels_last,
     whole_weights,
     write_weights,
 )
@@ -87,9 +87,9 @@ class Training:
             self.model, self.teacher, self.config, self.accelerator,
         )  # fmt: skip
         if config.channels_last:
-            to_channels_last(model)
+            set_layout(model, torch.channels_last)
             if teacher is not None:
-                to_channels_last(teacher)
+                set_layout(teacher, torch.channels_last)
         with ExitStack() as stack:
             trained = stack.enter_context(self._trained())
             if teacher is not None:

@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pfsurgery.errors import SurgeryError
 from pfsurgery.recover.choices import Choices, Places
-from pfsurgery.recover.logs import cut_log, json_lines, read_lines
+from pfsurgery.recover.logs import cut_log, json_lines, parsed_lines
 
 LINES = "networks.jsonl"
 
@@ -31,12 +30,8 @@ class Known:
         self._values: dict[str, Any] = {}
         if path is not None and path.exists():
             cut_log(path, 0)  # drops what a killed write left of a line
-            for number, line in enumerate(read_lines(path), 1):
-                if line.keys() != {"what", "value"}:
-                    raise SurgeryError(
-                        f"{path}, line {number}, is not a measured network; remove the line."
-                    )
-                self._values[_key(line["what"])] = line["value"]
+            entries = parsed_lines(path, lambda line: _entry(**line), "a measured network")
+            self._values = dict(entries)
 
     def measured(self, what: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
         """What `measure` gave, now or in an earlier run; both are JSON-ready."""
@@ -50,6 +45,10 @@ class Known:
 def named_options(choices: Choices, places: Places) -> dict[str, str]:
     """The option of each site in words, which stay the same where indices may not."""
     return {name: str(choices.options[name][place]) for name, place in places.items()}
+
+
+def _entry(what: Mapping[str, Any], value: Any) -> tuple[str, Any]:
+    return _key(what), value
 
 
 def _key(what: Mapping[str, Any]) -> str:

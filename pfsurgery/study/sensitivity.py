@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -14,7 +14,6 @@ from torch import nn
 
 from pfsurgery.convert import marker
 from pfsurgery.digests import digest, digest_of_images
-from pfsurgery.errors import SurgeryError
 from pfsurgery.graph import GraphView
 from pfsurgery.measure.latency import latency
 from pfsurgery.optimize import optimize
@@ -23,7 +22,7 @@ from pfsurgery.recover.budget import budget
 from pfsurgery.recover.calibration import as_batch
 from pfsurgery.recover.choices import Choices, read_choices
 from pfsurgery.recover.device import typical_decision, typical_network
-from pfsurgery.recover.logs import cut_log, json_lines, read_lines
+from pfsurgery.recover.logs import cut_log, json_lines, parsed_lines
 from pfsurgery.recover.options import Option
 from pfsurgery.recover.processes import join_processes
 from pfsurgery.recover.progress import tracked
@@ -279,17 +278,8 @@ def read_sensitivity(folder: Path) -> tuple[Sensitivity, ...]:
     Raises:
         SurgeryError: A line is not what `sensitivity` writes.
     """
-    path = folder / LINES
-    if not path.exists():
-        return ()
-    known = {field.name for field in fields(Sensitivity)}
-    rows: dict[tuple[str, str], Sensitivity] = {}
-    for number, values in enumerate(read_lines(path), 1):
-        if not isinstance(values, dict) or set(values) != known:
-            raise SurgeryError(f"{path}, line {number}, is not a measured site; remove the line.")
-        row = Sensitivity(**values)
-        rows[row.site, row.op] = row
-    return tuple(rows.values())
+    rows = parsed_lines(folder / LINES, lambda values: Sensitivity(**values), "a measured site")
+    return tuple({(row.site, row.op): row for row in rows}.values())
 
 
 def _is_first() -> bool:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from pfsurgery.batches import Images
-from pfsurgery.errors import SurgeryError, TrainingError
+from pfsurgery.errors import TrainingError
 from pfsurgery.measure import count, latency
 from pfsurgery.recover import evaluate, finetune
-from pfsurgery.recover.logs import cut_log, json_lines, read_lines
+from pfsurgery.recover.logs import cut_log, json_lines, parsed_lines
 from pfsurgery.recover.state import placement
 from pfsurgery.recover.stop import StoppedError
 from pfsurgery.run_folder import SETTING, Kind, check_same, note_run
@@ -136,15 +136,13 @@ class Trainings:
 
     def _taken_up(self) -> dict[str, float]:
         """Top-1 of what is done, by name."""
-        path, done = self.out / TRAININGS, {}
-        for number, entry in enumerate(read_lines(path) if path.exists() else [], 1):
-            try:
-                done[str(entry["name"])] = float(entry["top1"])
-            except (KeyError, TypeError, ValueError):
-                raise SurgeryError(
-                    f"{path}, line {number}, is not a finished training; remove the line."
-                ) from None
-        return done
+        return dict(
+            parsed_lines(
+                self.out / TRAININGS,
+                lambda entry: (str(entry["name"]), float(entry["top1"])),
+                "a finished training",
+            )
+        )
 
 
 def name_of(source: Images | str | Path) -> str:
