@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import fcntl
 import hashlib
 import json
 import platform
@@ -32,7 +33,7 @@ from pathlib import Path
 
 import base_nets
 import torch
-from distillation import RATES, distilled, stepwise
+from distillation import RATES, asking, distilled, remembering, stepwise
 from methods import METHODS, WITHOUT_BUDGET, Task
 from recovery_figures import draw
 from torch import nn
@@ -67,14 +68,17 @@ Row = dict[str, object]
 
 
 class Store:
-    """The rows of one network, in a JSON file that is rewritten after each."""
+    """The rows of one network, in a JSON file that is rewritten after each.
+
+    Several processes may add rows to one file: each adds to what is there.
+    """
 
     def __init__(self, net: str, results: Path) -> None:
         self.net = net
         self.path = results / f"recovery_{net}.json"
+        results.mkdir(exist_ok=True)
         self.content: dict[str, object] = {"net": net, "rows": []}
-        if self.path.exists():
-            self.content = json.loads(self.path.read_text())
+        self._read()
 
     @property
     def rows(self) -> list[Row]:
@@ -87,14 +91,21 @@ class Store:
 
     def add(self, row: Row) -> None:
         """Append a row, write the file, print the row."""
-        self.rows.append(row)
-        self.write()
+        facts = {key: value for key, value in self.content.items() if key != "rows"}
+        with self.path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._read()
+            self.content.update(facts)
+            self.rows.append(row)
+            self._write()
         shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
         print({k: v for k, v in shown.items() if k != "decided"}, flush=True)
 
-    def write(self) -> None:
-        """Write the file whole."""
-        self.path.parent.mkdir(exist_ok=True)
+    def _read(self) -> None:
+        if self.path.exists():
+            self.content = json.loads(self.path.read_text())
+
+    def _write(self) -> None:
         part = self.path.with_suffix(".part")
         part.write_text(json.dumps(self.content, indent=1) + "\n")
         part.replace(self.path)
@@ -264,6 +275,7 @@ def in_turns(bench: Bench, fast: nn.Module, batch: int) -> Row:
 def ask_for_time(bench: Bench) -> None:
     """Budgets of time: what was asked for, what was measured end to end, and the accuracy."""
     images = list(base_nets.normalise(bench.train[:2000]).split(250))
+    scores = remembering(bench.model)
     for batch, share in product(bench.args.batch or ASKED, bench.args.share or SHARES):
         key: Row = {"stage": "asked", "share": share, "batch": batch}
         if bench.store.has(**key) or not bench.in_time():
@@ -277,13 +289,14 @@ def ask_for_time(bench: Bench) -> None:
         row = {"mmacs": count(fast, bench.image).macs / 1e6, "seconds": seconds}
         row |= {"top1": bench.judge(fast), **in_turns(bench, fast, batch)}
         steps, rate = STEPS[0], RATES[1]
-        trained = distilled(fast, bench.model, bench.train, steps, rate)
+        trained = distilled(fast, scores, bench.train, steps, rate)
         row |= {"steps": steps, "rate": rate, "top1_after_steps": bench.judge(trained)}
         bench.store.add({**key, **row})
 
 
 def distil_all(bench: Bench) -> None:
     """Accuracy of every fitted network after some steps of distillation, at each rate."""
+    scores = remembering(bench.model)
     for steps, (method, budget), rate in product(
         bench.args.steps or STEPS, list(bench.cases(tuple(METHODS))), bench.args.rate or RATES
     ):
@@ -292,7 +305,7 @@ def distil_all(bench: Bench) -> None:
         fast = bench.made(method, budget, 2000)
         if fast is None or bench.store.has(**key) or not bench.in_time():
             continue
-        student = distilled(fast, bench.model, bench.train, steps, rate)
+        student = distilled(fast, scores, bench.train, steps, rate)
         macs = count(student, bench.image).macs / 1e6
         bench.store.add({**key, "mmacs": macs, "top1": bench.judge(student)})
 
@@ -306,7 +319,7 @@ def time_steps(bench: Bench) -> None:
         if fast is None or bench.store.has(**key) or not bench.in_time():
             continue
         students = (copy.deepcopy(bench.model).train(), fast.train())
-        runs = [stepwise(s, bench.model, bench.train, steps, 1e-3) for s in students]
+        runs = [stepwise(s, asking(bench.model), bench.train, steps, 1e-3) for s in students]
         times: list[tuple[float, float]] = []
         for _ in range(steps):
             times.append((_milliseconds(runs[0]), _milliseconds(runs[1])))

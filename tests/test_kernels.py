@@ -135,6 +135,18 @@ def test_gradients_of_usual_windows_are_those_of_the_stock_calls(name, layout, k
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("channels", [32, 64, 100, 449])
+def test_a_shift_of_many_channels_is_that_of_the_stock_calls(kernel, stride, channels):
+    op = op_of("shift", Window((kernel, kernel), (stride, stride), (1, 2)), channels)
+    for size in (4, 9, 16):
+        x = torch.randn(2, channels, size, size + 1).to(memory_format=torch.channels_last)
+        with disabled():
+            expected = op(x)
+        assert torch.equal(op(x), expected)
+
+
 def test_a_shift_of_other_channels_than_it_was_made_for_is_refused():
     op = op_of("shift", Window((3, 3), (1, 1), (1, 1)), 18)
     for channels in (9, 20):

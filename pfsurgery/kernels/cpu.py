@@ -91,9 +91,12 @@ def shift(x: Tensor, groups: tuple[Group, ...]) -> Tensor:
     out = empty(x, down.outputs, across.outputs)
     count, step = images(x)
     same = down.size == down.outputs and across.size == across.outputs
-    fits = x.element_size() == 4 and down.size * across.size < _MOST
+    numbers = x.element_size() == 4
+    fits = numbers and down.size * across.size < _MOST
     if step == 1 and fits and same and down.stride == across.stride == 1:
         kernel, units = compiled("loops_flat", "moves_flat_4"), len(x) * len(groups)
+    elif step > 1 and numbers:
+        kernel, units = compiled("loops_blend", "moves_blended_4"), count * down.outputs
     else:
         kernel = compiled("loops_move", f"moves_{x.element_size()}")
         units = count if step == 1 else count * down.outputs

@@ -62,13 +62,18 @@ def load(
     mask: Any = None,
     *,
     kind: Any = VECTOR,
-    rest: float | None = None,
+    rest: Any = None,
 ) -> Any:
-    """The vector `offset` bytes behind an address; lanes out of the mask are `rest`, or 0."""
+    """The vector `offset` bytes behind an address.
+
+    Lanes out of the mask are those of `rest`, a vector or a number for all, or 0.
+    """
     place, size = at(builder, address, offset, kind), _size(kind)
     if mask is None:
         return builder.load(place, align=size)
-    other = ir.Constant(kind, None if rest is None else [rest] * LANES)
+    other = rest
+    if not isinstance(rest, ir.Value):
+        other = ir.Constant(kind, None if rest is None else [rest] * LANES)
     arguments = [kind.as_pointer(), INDEX, _MASK, kind]
     values = [place, ir.Constant(INDEX, size), mask, other]
     return _call(builder, f"llvm.masked.load.{_suffix(kind)}", kind, arguments, values)
