@@ -147,6 +147,71 @@ def test_a_shift_of_many_channels_is_that_of_the_stock_calls(kernel, stride, cha
         assert torch.equal(op(x), expected)
 
 
+NARROW = [torch.bfloat16, torch.float16]
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", [(64, 14, 14), (70, 7, 9), (18, 33, 31), (257, 1, 9), (300, 9, 1)])
+def test_numbers_of_two_bytes_are_computed_with_like_larger_ones(dtype, layout, size):
+    pool, mean, blur, shift = (op_of(n, SAME, size[0]) for n in ("max", "mean", "blur", "shift"))
+    ties = torch.randn(2, *size).round(decimals=1).to(dtype)
+    odd = torch.where(torch.rand(ties.shape) < 0.05, torch.nan, ties)
+    odd = torch.where(torch.rand(ties.shape) < 0.05, -torch.inf, odd)
+    x, extremes = (t.to(memory_format=layout) for t in (ties, odd))
+    assert explain(x).startswith("Numba") or "AVX-512" in explain(x)
+    for op in (pool, shift):
+        with disabled():
+            expected = op(extremes)
+        made = op(extremes)
+        assert made.stride() == expected.stride()
+        assert torch.equal(made.isnan(), expected.isnan())
+        assert torch.equal(made.nan_to_num(), expected.nan_to_num())
+    for op in (mean, blur):
+        with disabled():
+            expected = op(x.float()).to(dtype)
+        torch.testing.assert_close(op(x), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+    ours, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
+    made, weights = pool(ours), torch.randn_like(x)
+    with disabled():
+        expected = pool(theirs)
+    assert torch.equal(made.double(), expected)
+    made.backward(weights)
+    expected.backward(weights.double())
+    wanted = theirs.grad.to(dtype)
+    torch.testing.assert_close(ours.grad, wanted, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["max", "mean", "blur", "shift"])
+@pytest.mark.parametrize("dtype", NARROW)
+def test_windows_without_loops_for_two_bytes_take_the_stock_calls(name, dtype):
+    for window in (Window((5, 5), (1, 1), (2, 2)), Window((3, 3), (2, 2), (1, 1))):
+        ours = torch.randn(2, 18, 16, 16).to(dtype).requires_grad_()
+        theirs = ours.detach().clone().requires_grad_()
+        op = op_of(name, window, 18)
+        made = op(ours)
+        with disabled():
+            expected = op(theirs)
+        torch.testing.assert_close(made, expected)
+        made.sum().backward()
+        expected.sum().backward()
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("name", ["mean", "blur"])
+@pytest.mark.parametrize("dtype", NARROW)
+def test_means_and_blurs_of_two_bytes_have_the_stock_gradients(name, dtype):
+    ours = torch.randn(2, 18, 16, 16).to(dtype).requires_grad_()
+    theirs = ours.detach().clone().requires_grad_()
+    op = op_of(name, SAME, 18)
+    op(ours).sum().backward()
+    with disabled():
+        op(theirs).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
 def test_a_shift_of_other_channels_than_it_was_made_for_is_refused():
     op = op_of("shift", Window((3, 3), (1, 1), (1, 1)), 18)
     for channels in (9, 20):
@@ -224,6 +289,7 @@ def test_explain_says_what_runs():
     assert explain(x).startswith("Numba kernel: NCHW, float32 on cpu")
     assert "channels_last" in explain(x.to(memory_format=torch.channels_last))
     assert "float16" in explain(x.half())
+    assert "no CPU kernel computes in int32" in explain(x.int())
     assert "less than" in explain(x[:, :, :2, :2])
     assert "dimensions" in explain(x[0])
     assert "meta" in explain(x.to("meta"))

@@ -110,6 +110,15 @@ class Axis:
         return axis(self.size, self.outputs, 1, self.stride, 1, padding, "none")
 
 
+def are_near(down: Axis, across: Axis) -> bool:
+    """Whether windows are 3x3 at stride 1 with one of padding, which have loops of their own."""
+    return all(
+        axis.size == axis.outputs
+        and (axis.kernel_size, axis.stride, axis.dilation, axis.padding) == (3, 1, 1, 1)
+        for axis in (down, across)
+    )
+
+
 @lru_cache(maxsize=1024)
 def axis(
     size: int,

@@ -13,7 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from pfsurgery.kernels.axes import Axis, are_near
+
 _SWITCH = "PFSURGERY_KERNELS"
+_NARROW = (torch.bfloat16, torch.float16)
+_MOST = 1 << 30  # numbers of an image whose places are counted in 32 bits
 _SMALL = 2048  # numbers; below, the stock call is over before a kernel has started
 _enabled: ContextVar[bool] = ContextVar("pfsurgery_kernels", default=True)
 
@@ -37,6 +41,18 @@ def why_stock(x: Tensor) -> str | None:
     )
 
 
+def has_loops(x: Tensor, down: Axis, across: Axis, *, sums: bool) -> bool:
+    """Whether a kernel computes maxima or sums of these windows of (N, C, H, W).
+
+    On a CPU, numbers of two bytes have loops for windows of 3x3 at stride 1, for sums without a
+    gradient.
+    """
+    if not x.is_cpu or x.dtype not in _NARROW:
+        return True
+    tracked = sums and x.requires_grad and torch.is_grad_enabled()
+    return are_near(down, across) and x.shape[1:].numel() < _MOST and not tracked
+
+
 def why_unfused(x: Tensor) -> str | None:
     """Why a bottleneck runs as several stock operators; None where one kernel runs it whole."""
     if (reason := why_stock(x)) is not None:
@@ -51,8 +67,10 @@ def explain(x: Tensor) -> str:
 
     Operations have reasons of their own beside these. The stock calls are taken for padding that
     is not zeros, kernels of more than 256 taps, blurs under autocast and, on a CPU, pools with a
-    stride in channels_last or on planes less than 16 pixels wide, where ATen's are faster. A fitted
-    bottleneck runs in one kernel for inference only: with gradients it is several operators.
+    stride in channels_last or on planes less than 16 pixels wide, where ATen's are faster. So they
+    are there for numbers of two bytes in windows that are not 3x3 at stride 1, and, with gradients,
+    for their means and blurs. A fitted bottleneck runs in one kernel for inference only: with
+    gradients it is several operators.
     """
     reason = why_stock(x)
     if reason is not None:
@@ -87,8 +105,11 @@ def _why_unfit(x: Tensor) -> str | None:
     if x.numel() < _SMALL:
         return f"the input has less than {_SMALL} numbers"
     if x.is_cpu:
-        if x.dtype not in (torch.float32, torch.float64):
-            return f"no CPU kernel computes in {str(x.dtype).removeprefix('torch.')}"
+        kind = str(x.dtype).removeprefix("torch.")
+        if x.dtype in _NARROW and torch.backends.cpu.get_cpu_capability() != "AVX512":
+            return f"CPU kernels compute in {kind} on processors with AVX-512 only"
+        if x.dtype not in (torch.float32, torch.float64, *_NARROW):
+            return f"no CPU kernel computes in {kind}"
         return _why_missing("numba")
     if x.is_cuda:
         if not x.is_floating_point():

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pfsurgery.kernels.axes import Axis
+from pfsurgery.kernels.axes import Axis, are_near
 from pfsurgery.kernels.layout import Group, dense, empty, images
 from pfsurgery.kernels.threads import run, threads
 
@@ -91,14 +91,14 @@ def shift(x: Tensor, groups: tuple[Group, ...]) -> Tensor:
     out = empty(x, down.outputs, across.outputs)
     count, step = images(x)
     same = down.size == down.outputs and across.size == across.outputs
-    numbers = x.element_size() == 4
-    fits = numbers and down.size * across.size < _MOST
+    size = x.element_size()
+    fits = size < 8 and down.size * across.size < _MOST
     if step == 1 and fits and same and down.stride == across.stride == 1:
-        kernel, units = compiled("loops_flat", "moves_flat_4"), len(x) * len(groups)
-    elif step > 1 and numbers:
-        kernel, units = compiled("loops_blend", "moves_blended_4"), count * down.outputs
+        kernel, units = compiled("loops_flat", f"moves_flat_{size}"), len(x) * len(groups)
+    elif step > 1 and size < 8:
+        kernel, units = compiled("loops_blend", f"moves_blended_{size}"), count * down.outputs
     else:
-        kernel = compiled("loops_move", f"moves_{x.element_size()}")
+        kernel = compiled("loops_move", f"moves_{size}")
         units = count if step == 1 else count * down.outputs
     work = _Work(kernel, units, count, step, len(groups))
     _launch(work, x, out, _table(groups), down, across)
@@ -174,17 +174,9 @@ def _asking(
 
 
 def _is_near(dtype: torch.dtype, step: int, down: Axis, across: Axis) -> bool:
-    """Whether windows are 3x3 at stride 1 with one of padding, which have loops of their own."""
+    """Whether the loops of `are_near` serve these numbers, too."""
     small = down.size * across.size * step < _MOST
-    return (
-        small
-        and dtype == torch.float32
-        and all(
-            axis.size == axis.outputs
-            and (axis.kernel_size, axis.stride, axis.dilation, axis.padding) == (3, 1, 1, 1)
-            for axis in (down, across)
-        )
-    )
+    return small and dtype != torch.float64 and are_near(down, across)
 
 
 def _launch(

@@ -33,12 +33,24 @@ from pfsurgery.kernels.loops_base import (
     line,
     take,
 )
-from pfsurgery.kernels.vectors import INTEGER, LANES, SIZE, at, first_lanes, load, store
+from pfsurgery.kernels.vectors import (
+    FLOAT16,
+    FLOAT32,
+    INTEGER,
+    LANES,
+    at,
+    bytes_of,
+    first_lanes,
+    load,
+    raw,
+    store,
+)
 
 
 @intrinsic
 def blend(
     typing_context: Any,
+    kind: Any,
     places: Any,
     lanes: Any,
     most: Any,
@@ -56,9 +68,9 @@ def blend(
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        places, lanes, most, target, length, pixels, source_pitch, target_pitch = args
+        places, lanes, most, target, length, pixels, source_pitch, target_pitch = args[1:]
         bits, flags = ir.IntType(LANES), ir.VectorType(ir.IntType(1), LANES)
-        width = ir.Constant(INTEGER, LANES)
+        width, size = (ir.Constant(INTEGER, LANES * n) for n in (1, bytes_of(kind)))
         whole = builder.udiv(length, width)
         rest = first_lanes(builder, builder.urem(length, width))
         ragged = builder.icmp_signed("<", builder.mul(whole, width), length)
@@ -70,7 +82,8 @@ def blend(
                 source = builder.load(at(builder, sources, piece, INTEGER))
                 mask = builder.trunc(builder.load(at(builder, masks, piece, INTEGER)), bits)
                 mask = builder.bitcast(mask, flags)
-                made = load(builder, builder.add(source, moved), 0, mask, rest=made)
+                place = builder.add(source, moved)
+                made = load(builder, place, 0, mask, kind=raw(kind), rest=made)
             return made
 
         def fill(pieces: int) -> None:
@@ -78,11 +91,11 @@ def blend(
                 moved = builder.mul(pixel.index, source_pitch)
                 here = builder.add(target, builder.mul(pixel.index, target_pitch))
                 with cgutils.for_range(builder, whole, intp=INTEGER) as vector:
-                    there = builder.mul(vector.index, ir.Constant(INTEGER, LANES * SIZE))
+                    there = builder.mul(vector.index, size)
                     made = vector_of(pieces, vector.index, moved)
                     store(builder, made, builder.add(here, there))
                 with builder.if_then(ragged):
-                    there = builder.mul(whole, ir.Constant(INTEGER, LANES * SIZE))
+                    there = builder.mul(whole, size)
                     made = vector_of(pieces, whole, moved)
                     store(builder, made, builder.add(here, there), 0, rest)
 
@@ -93,7 +106,7 @@ def blend(
             pieces *= 2
         return context.get_dummy_value()
 
-    return types.none(*[types.int64] * 8), generate
+    return types.none(kind, *[types.int64] * 8), generate
 
 
 @njit
@@ -119,31 +132,32 @@ def pieces_of(table, owners, lanes):
 
 
 @njit
-def one_pixel(table, sources, target, step, output):
+def one_pixel(kind, table, sources, target, step, output):
     """One pixel of outputs, group by group: its taps may be in the padding."""
     begin = np.int64(0)
-    out = line(target, step, np.uint32)
+    out = line(target, step, kind)
     for group in range(len(sources)):
         end, across = table[3 * group], table[3 * group + 2]
         if sources[group] == 0 or integer(integer(across, COUNTS), output) == 0:
             out[begin:end] = 0
         else:
             place = integer(integer(across, POSITIONS), output)
-            read = line(sources[group] + place * step * SIZE, step, np.uint32)
+            read = line(sources[group] + place * step * out.itemsize, step, kind)
             for channel in range(begin, end):
                 out[channel] = read[channel]
         begin = end
 
 
 @njit
-def blended(data):
+def blended(kind, data):
     """Each group of channels from another place; a unit is a row of outputs.
 
     NAME has, for each of the GROUP groups, its last channel and the axes of its one tap.
     """
     p = line(data, ARGUMENTS, np.int64)
     rows, columns, step = p[TARGET_ROWS], p[TARGET_COLUMNS], p[STEP]
-    pitch = step * SIZE
+    size = line(data, 1, kind).itemsize
+    pitch = step * size
     table = line(p[NAME], 3 * p[GROUP], np.int64)
     first, last, stride = np.int64(0), columns, np.int64(1)
     for group in range(p[GROUP]):
@@ -171,7 +185,7 @@ def blended(data):
         target = p[TARGET] + unit * columns * pitch
         for output in range(columns):
             if not first <= output < last:
-                one_pixel(table, sources, target + output * pitch, step, output)
+                one_pixel(kind, table, sources, target + output * pitch, step, output)
         if first == last:
             continue
         for vector in range(vectors):
@@ -183,10 +197,14 @@ def blended(data):
                     # An address that can be read: processors stumble over others, masked or not.
                     mask, row, place = np.int64(0), p[SOURCE], np.int64(0)
                 lanes[vector, piece] = mask
-                places[vector, piece] = row + place * pitch + vector * LANES * SIZE
+                places[vector, piece] = row + place * pitch + vector * LANES * size
         here, pixels = target + first * pitch, last - first
-        blend(at_places, at_lanes, most, here, step, pixels, stride * pitch, pitch)
+        blend(kind, at_places, at_lanes, most, here, step, pixels, stride * pitch, pitch)
 
 
 def moves_blended_4(data):
-    blended(address(data))
+    blended(FLOAT32, address(data))
+
+
+def moves_blended_2(data):
+    blended(FLOAT16, address(data))

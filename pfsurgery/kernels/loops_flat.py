@@ -31,7 +31,7 @@ from pfsurgery.kernels.loops_base import (
 )
 from pfsurgery.kernels.loops_near import mend
 from pfsurgery.kernels.loops_passes import asked, maxima, moved, named, named_again, sums
-from pfsurgery.kernels.vectors import LANES, SIZE
+from pfsurgery.kernels.vectors import BFLOAT16, FLOAT16, FLOAT32, LANES, SIZE
 
 
 @njit
@@ -55,11 +55,11 @@ def all_weights(axis_at, size, weights):
 
 
 @njit
-def flat(weighted, data):
+def flat(weighted, kind, data):
     """GROUP rows of all images at a time: across into a buffer, then down out of it."""
     p = line(data, ARGUMENTS, np.int64)
     width, rows = p[COLUMNS] * p[STEP], p[IMAGES] * p[ROWS]
-    pitch = width * SIZE
+    pitch = width * line(data, 1, kind).itemsize
     buffer = np.empty((p[GROUP] + 2) * width, np.float32)
     across, down = np.zeros(9, np.float32), np.zeros(9, np.float32)
     taps = np.empty(9, np.int64)
@@ -76,28 +76,29 @@ def flat(weighted, data):
         end = min(begin + p[GROUP], rows)
         top, bottom = max(begin - 1, 0), min(end + 1, rows)
         source, target = p[SOURCE] + top * pitch, p[TARGET] + begin * pitch
-        middle, place = held + (begin - top) * pitch, begin % p[ROWS] * width
+        middle, place = held + (begin - top) * width * SIZE, begin % p[ROWS] * width
         read, made = (bottom - top) * width, (end - begin) * width
         zero = np.int64(0)
         if weighted is None:
-            found = maxima(source, held, read, zero, p[STEP], width, of_across)
-            maxima(middle, target, made, place, width, p[ROWS] * width, of_down)
-            if found:
+            found = maxima(kind, FLOAT32, source, held, read, zero, p[STEP], width, of_across)
+            maxima(FLOAT32, kind, middle, target, made, place, width, p[ROWS] * width, of_down)
+            if found:  # never of numbers of two bytes
                 for row in range(begin, end):
                     image, y = row // p[ROWS], row % p[ROWS]
                     mend(p, p[SOURCE] + image * size, p[TARGET] + image * size, y, taps)
         else:
-            sums(source, held, read, zero, p[STEP], width, of_across)
-            sums(middle, target, made, place, width, p[ROWS] * width, of_down)
+            sums(kind, FLOAT32, source, held, read, zero, p[STEP], width, of_across)
+            sums(FLOAT32, kind, middle, target, made, place, width, p[ROWS] * width, of_down)
 
 
 @njit
-def flat_picks(data):
+def flat_picks(kind, data):
     """Max-pool with the tap that each maximum came from, GROUP rows of all images at a time."""
     p = line(data, ARGUMENTS, np.int64)
     width, rows = p[COLUMNS] * p[STEP], p[IMAGES] * p[ROWS]
     buffer = np.empty((p[GROUP] + 2) * width, np.float32)
     names = np.empty((p[GROUP] + 4) * width + LANES, np.uint8)  # a row is read beyond either end
+    size = line(data, 1, kind).itemsize
     held, held_names = np.int64(buffer.ctypes.data), np.int64(names.ctypes.data) + width
     none = np.int64(0)
     while True:
@@ -107,20 +108,20 @@ def flat_picks(data):
         begin = unit * p[GROUP]
         end = min(begin + p[GROUP], rows)
         top, bottom = max(begin - 1, 0), min(end + 1, rows)
-        source, skipped = p[SOURCE] + top * width * SIZE, (begin - top) * width
+        source, skipped = p[SOURCE] + top * width * size, (begin - top) * width
         read = (bottom - top) * width
-        named(source, none, held, held_names, read, none, p[STEP], width)
+        named(kind, FLOAT32, source, none, held, held_names, read, none, p[STEP], width)
         # fmt: off
         named_again(
-            held + skipped * SIZE, held_names + skipped,
-            p[TARGET] + begin * width * SIZE, p[NAME] + begin * width,
+            FLOAT32, kind, held + skipped * SIZE, held_names + skipped,
+            p[TARGET] + begin * width * size, p[NAME] + begin * width,
             (end - begin) * width, begin % p[ROWS] * width, width, p[ROWS] * width,
         )
         # fmt: on
 
 
 @njit
-def flat_gathers(data):
+def flat_gathers(kind, data):
     """Gradient of `flat_picks`; SOURCE has the gradients of outputs, TARGET gets the inputs'."""
     p = line(data, ARGUMENTS, np.int64)
     width, rows = p[COLUMNS] * p[STEP], p[IMAGES] * p[ROWS]
@@ -131,20 +132,20 @@ def flat_gathers(data):
         begin, end = unit * p[GROUP], min((unit + 1) * p[GROUP], rows)
         # fmt: off
         asked(
-            p[SOURCE], p[NAME], p[TARGET], begin * width, end * width, rows * width,
+            kind, p[SOURCE], p[NAME], p[TARGET], begin * width, end * width, rows * width,
             p[STEP], width,
         )
         # fmt: on
 
 
 @njit
-def flat_moves(data):
-    """A shift of planes of four-byte numbers: a unit is the channels of one group in one image.
+def flat_moves(kind, data):
+    """A shift of planes: a unit is the channels of one group in one image.
 
     NAME has, for each of the GROUP groups, its last channel and the axes of its one tap.
     """
     p = line(data, ARGUMENTS, np.int64)
-    groups, plane = p[GROUP], p[ROWS] * p[COLUMNS]
+    groups, plane, size = p[GROUP], p[ROWS] * p[COLUMNS], line(data, 1, kind).itemsize
     table = line(p[NAME], 3 * groups, np.int64)
     channels = table[3 * groups - 3]
     while True:
@@ -155,25 +156,61 @@ def flat_moves(data):
         begin = table[3 * group - 3] if group else 0
         down = -integer(table[3 * group + 1], PADDING)
         across = -integer(table[3 * group + 2], PADDING)
-        at, length = (image * channels + begin) * plane * SIZE, (table[3 * group] - begin) * plane
-        moved(p[SOURCE] + at, p[TARGET] + at, length, down, across, p[COLUMNS], plane)
+        at, length = (image * channels + begin) * plane * size, (table[3 * group] - begin) * plane
+        moved(kind, p[SOURCE] + at, p[TARGET] + at, length, down, across, p[COLUMNS], plane)
 
 
 def max_flat_float32(data):
-    flat(None, address(data))
+    flat(None, FLOAT32, address(data))
 
 
 def sum_flat_float32(data):
-    flat(True, address(data))
+    flat(True, FLOAT32, address(data))
 
 
 def picks_flat_float32(data):
-    flat_picks(address(data))
+    flat_picks(FLOAT32, address(data))
 
 
 def gathers_flat_float32(data):
-    flat_gathers(address(data))
+    flat_gathers(FLOAT32, address(data))
+
+
+def max_flat_bfloat16(data):
+    flat(None, BFLOAT16, address(data))
+
+
+def sum_flat_bfloat16(data):
+    flat(True, BFLOAT16, address(data))
+
+
+def picks_flat_bfloat16(data):
+    flat_picks(BFLOAT16, address(data))
+
+
+def gathers_flat_bfloat16(data):
+    flat_gathers(BFLOAT16, address(data))
+
+
+def max_flat_float16(data):
+    flat(None, FLOAT16, address(data))
+
+
+def sum_flat_float16(data):
+    flat(True, FLOAT16, address(data))
+
+
+def picks_flat_float16(data):
+    flat_picks(FLOAT16, address(data))
+
+
+def gathers_flat_float16(data):
+    flat_gathers(FLOAT16, address(data))
 
 
 def moves_flat_4(data):
-    flat_moves(address(data))
+    flat_moves(FLOAT32, address(data))
+
+
+def moves_flat_2(data):
+    flat_moves(FLOAT16, address(data))

@@ -37,32 +37,38 @@ from pfsurgery.kernels.loops_base import (
     take,
 )
 from pfsurgery.kernels.vectors import (
+    BFLOAT16,
     FLOAT,
+    FLOAT16,
+    FLOAT32,
     INTEGER,
     LANES,
     SIZE,
     VECTOR,
     any_lane,
     at,
+    bytes_of,
     first_lanes,
-    load,
+    load_numbers,
     multiply_add,
     splat,
-    store,
+    store_numbers,
 )
 
 
 def _two_rows(maximum: bool) -> Any:
     """Two rows of outputs of four rows of inputs, `length` numbers of each.
 
-    The function takes addresses of the four rows and the two targets, how far the left and the
-    right tap are in bytes, and the address of nine weights: of the columns, then of each target's
-    rows. It says whether it saw a NaN in the middle; then a maximum is not to be relied upon.
+    The function takes the kind of the numbers, addresses of the four rows and the two targets, how
+    far the left and the right tap are in bytes, and the address of nine weights: of the columns,
+    then of each target's rows. It says whether it saw a NaN in the middle; then a maximum is not to
+    be relied upon. Of numbers of two bytes it heeds NaN itself, as converting them costs more.
     """
 
     @intrinsic
     def two_rows(
         typing_context: Any,
+        kind: Any,
         top: Any,
         upper: Any,
         lower: Any,
@@ -75,7 +81,8 @@ def _two_rows(maximum: bool) -> Any:
         weights: Any,
     ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            rows, targets, (left, right, length, weights) = args[:4], args[4:6], args[6:]
+            rows, targets, (left, right, length, weights) = args[1:5], args[5:7], args[7:]
+            size, narrow = bytes_of(kind), bytes_of(kind) < SIZE
             zero = ir.Constant(VECTOR, [0.0] * LANES)
             none = builder.fcmp_ordered("<", zero, zero)
             found = cgutils.alloca_once_value(builder, none)
@@ -86,7 +93,10 @@ def _two_rows(maximum: bool) -> Any:
 
             def larger(old: Any, new: Any) -> Any:
                 """Of equal numbers the first, as in ATen."""
-                return builder.select(builder.fcmp_ordered(">", new, old), new, old)
+                better = builder.fcmp_ordered(">", new, old)
+                if narrow:
+                    better = builder.or_(better, builder.fcmp_unordered("uno", new, new))
+                return builder.select(better, new, old)
 
             def joined(numbers: list[Any], of: list[Any]) -> Any:
                 if maximum:
@@ -100,30 +110,30 @@ def _two_rows(maximum: bool) -> Any:
                 for row in rows:
                     middle = builder.add(row, place)
                     taps = [
-                        load(builder, builder.add(middle, left), 0, mask),
-                        load(builder, middle, 0, mask),
-                        load(builder, builder.add(middle, right), 0, mask),
+                        load_numbers(builder, kind, builder.add(middle, left), mask),
+                        load_numbers(builder, kind, middle, mask),
+                        load_numbers(builder, kind, builder.add(middle, right), mask),
                     ]
-                    if maximum:
+                    if maximum and not narrow:
                         nan = builder.fcmp_unordered("uno", taps[1], taps[1])
                         builder.store(builder.or_(builder.load(found), nan), found)
                     across.append(joined(taps, factors[:3]))
                 # The second first: the last row of an odd number is made twice, at one place.
                 made = joined(across[1:], factors[6:]), joined(across[:3], factors[3:6])
-                store(builder, made[0], builder.add(targets[1], place), 0, mask)
-                store(builder, made[1], builder.add(targets[0], place), 0, mask)
+                store_numbers(builder, kind, made[0], builder.add(targets[1], place), mask)
+                store_numbers(builder, kind, made[1], builder.add(targets[0], place), mask)
 
             lanes = ir.Constant(INTEGER, LANES)
             whole = builder.udiv(length, lanes)
             with cgutils.for_range(builder, whole, intp=INTEGER) as loop:
-                step(builder.mul(loop.index, ir.Constant(INTEGER, LANES * SIZE)), None)
+                step(builder.mul(loop.index, ir.Constant(INTEGER, LANES * size)), None)
             done = builder.mul(whole, lanes)
             rest = builder.sub(length, done)
             with builder.if_then(builder.icmp_signed(">", rest, ir.Constant(INTEGER, 0))):
-                step(builder.mul(done, ir.Constant(INTEGER, SIZE)), first_lanes(builder, rest))
+                step(builder.mul(done, ir.Constant(INTEGER, size)), first_lanes(builder, rest))
             return any_lane(builder, builder.load(found))
 
-        return types.int64(*[types.int64] * 10), generate
+        return types.int64(kind, *[types.int64] * 10), generate
 
     return two_rows
 
@@ -151,10 +161,10 @@ def split(axis_at, output, weights):
 
 
 @njit
-def pair(weighted, p, source, target, y, weights):
+def pair(weighted, kind, p, source, target, y, weights):
     """Output rows `y` and `y + 1` of one image; whether a NaN was seen."""
     rows, columns = p[ROWS], p[COLUMNS]
-    step = p[STEP] * SIZE
+    step = p[STEP] * line(source, 1, kind).itemsize
     pitch = columns * step
     then = min(y + 1, rows - 1)
     upper, lower = source + y * pitch, source + then * pitch
@@ -179,12 +189,12 @@ def pair(weighted, p, source, target, y, weights):
         # fmt: off
         if weighted is None:
             found |= _two_maxima(
-                top + at, upper + at, lower + at, bottom + at, first + at, second + at,
+                kind, top + at, upper + at, lower + at, bottom + at, first + at, second + at,
                 left, right, length, at_weights,
             )
         else:
             _two_sums(
-                top + at, upper + at, lower + at, bottom + at, first + at, second + at,
+                kind, top + at, upper + at, lower + at, bottom + at, first + at, second + at,
                 left, right, length, at_weights,
             )
         # fmt: on
@@ -192,13 +202,13 @@ def pair(weighted, p, source, target, y, weights):
 
 
 @njit
-def near(weighted, data):
+def near(weighted, kind, data):
     """Images in blocks of GROUP rows, an even number."""
     p = line(data, ARGUMENTS, np.int64)
     weights = np.zeros(9, np.float32)
     taps = np.empty(9, np.int64)
     parts = (p[ROWS] + p[GROUP] - 1) // p[GROUP]
-    size = p[ROWS] * p[COLUMNS] * p[STEP] * SIZE
+    size = p[ROWS] * p[COLUMNS] * p[STEP] * line(data, 1, kind).itemsize
     while True:
         unit = take(data)
         if unit >= p[UNITS]:
@@ -208,7 +218,7 @@ def near(weighted, data):
         begin, end = part * p[GROUP], min((part + 1) * p[GROUP], p[ROWS])
         found = False
         for y in range(begin, end, 2):
-            found |= pair(weighted, p, source, target, y, weights)
+            found |= pair(weighted, kind, p, source, target, y, weights)
         if found and weighted is None:
             for y in range(begin, end):
                 mend(p, source, target, y, taps)
@@ -229,8 +239,24 @@ def mend(p, source, target, y, taps):
 
 
 def max_near_float32(data):
-    near(None, address(data))
+    near(None, FLOAT32, address(data))
 
 
 def sum_near_float32(data):
-    near(True, address(data))
+    near(True, FLOAT32, address(data))
+
+
+def max_near_bfloat16(data):
+    near(None, BFLOAT16, address(data))
+
+
+def sum_near_bfloat16(data):
+    near(True, BFLOAT16, address(data))
+
+
+def max_near_float16(data):
+    near(None, FLOAT16, address(data))
+
+
+def sum_near_float16(data):
+    near(True, FLOAT16, address(data))

@@ -24,13 +24,17 @@ from pfsurgery.kernels.vectors import (
     VECTOR,
     any_lane,
     at,
+    bytes_of,
     first_lanes,
     load,
     load_bytes,
+    load_numbers,
     multiply_add,
+    raw,
     splat,
     store,
     store_bytes,
+    store_numbers,
 )
 
 _PLACE = ir.IntType(32)
@@ -86,22 +90,25 @@ def _both(builder: Any, a: Any, b: Any) -> Any:
     return a if b is None else builder.and_(a, b)
 
 
-def _bytes(builder: Any, numbers: Any) -> Any:
-    return builder.mul(numbers, ir.Constant(INTEGER, SIZE))
+def _bytes(builder: Any, kind: Any, numbers: Any) -> Any:
+    return builder.mul(numbers, ir.Constant(INTEGER, bytes_of(kind)))
 
 
 def _along(maximum: bool) -> Any:
     """Each number of a vector with its neighbours `pitch` before and behind, combined.
 
-    The function takes the addresses of source and target, how many numbers there are, the place of
-    the first within its period, pitch and period in numbers, and the address of nine weights: of
-    places without a tap before, of those with all three, of those without one behind. It says
-    whether it saw a NaN; then a maximum is not to be relied upon.
+    The function takes the kinds of numbers and the addresses of source and target, how many numbers
+    there are, the place of the first within its period, pitch and period in numbers, and the
+    address of nine weights: of places without a tap before, of those with all three, of those
+    without one behind. It says whether it saw a NaN; then a maximum is not to be relied upon. Of
+    numbers of two bytes it heeds NaN itself, as converting them costs more.
     """
 
     @intrinsic
     def along(
         typing_context: Any,
+        kind: Any,
+        made_kind: Any,
         source: Any,
         target: Any,
         length: Any,
@@ -110,11 +117,13 @@ def _along(maximum: bool) -> Any:
         period: Any,
         weights: Any,
     ) -> Any:
+        narrow = min(bytes_of(kind), bytes_of(made_kind)) < SIZE
+
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            source, target, length, start, pitch, period, weights = args
+            source, target, length, start, pitch, period, weights = args[2:]
             zero = ir.Constant(VECTOR, [0.0] * LANES)
             found = cgutils.alloca_once_value(builder, builder.fcmp_ordered("<", zero, zero))
-            places, reach = _Places(builder, start, period), _bytes(builder, pitch)
+            places, reach = _Places(builder, start, period), _bytes(builder, kind, pitch)
             first, inner, last = (
                 [
                     splat(builder, builder.load(at(builder, weights, i * SIZE, FLOAT)))
@@ -125,20 +134,27 @@ def _along(maximum: bool) -> Any:
 
             def larger(old: Any, new: Any) -> Any:
                 """Of equal numbers the first, as in ATen."""
-                return builder.select(builder.fcmp_ordered(">", new, old), new, old)
+                better = builder.fcmp_ordered(">", new, old)
+                if narrow:
+                    better = builder.or_(better, builder.fcmp_unordered("uno", new, new))
+                return builder.select(better, new, old)
 
             def step(done: Any, mask: Any) -> None:
                 before = places.inside(builder.neg(pitch), mask)
                 behind = places.inside(pitch, mask)
-                offset = _bytes(builder, done)
-                at_middle = builder.add(source, offset)
-                middle = load(builder, at_middle, 0, mask)
                 rest = -math.inf if maximum else 0.0
-                left = load(builder, builder.sub(at_middle, reach), 0, before, rest=rest)
-                right = load(builder, builder.add(at_middle, reach), 0, behind, rest=rest)
-                if maximum:
+
+                def number(place: Any, lanes: Any) -> Any:
+                    return load_numbers(builder, kind, place, lanes, rest=rest)
+
+                at_middle = builder.add(source, _bytes(builder, kind, done))
+                middle = number(at_middle, mask)
+                left = number(builder.sub(at_middle, reach), before)
+                right = number(builder.add(at_middle, reach), behind)
+                if maximum and not narrow:
                     nan = builder.fcmp_unordered("uno", middle, middle)
                     builder.store(builder.or_(builder.load(found), nan), found)
+                if maximum:
                     made = larger(larger(left, middle), right)
                 else:
                     both = builder.and_(before, behind)
@@ -148,13 +164,14 @@ def _along(maximum: bool) -> Any:
                     made = multiply_add(
                         builder, right, builder.select(before, inner[2], first[2]), made
                     )
-                store(builder, made, builder.add(target, offset), 0, mask)
+                there = builder.add(target, _bytes(builder, made_kind, done))
+                store_numbers(builder, made_kind, made, there, mask)
                 places.move()
 
             _for_vectors(builder, length, step)
             return any_lane(builder, builder.load(found))
 
-        return types.int64(*[types.int64] * 7), generate
+        return types.int64(kind, made_kind, *[types.int64] * 7), generate
 
     return along
 
@@ -172,6 +189,8 @@ def _naming(inner: bool) -> Any:
     @intrinsic
     def named(
         typing_context: Any,
+        kind: Any,
+        made_kind: Any,
         source: Any,
         names: Any,
         target: Any,
@@ -182,8 +201,8 @@ def _naming(inner: bool) -> Any:
         period: Any,
     ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            source, names, target, target_names, length, start, pitch, period = args
-            places, reach = _Places(builder, start, period), _bytes(builder, pitch)
+            source, names, target, target_names, length, start, pitch, period = args[2:]
+            places, reach = _Places(builder, start, period), _bytes(builder, kind, pitch)
             scale = 3 if inner else 1
 
             def better(old: Any, new: Any) -> Any:
@@ -197,11 +216,11 @@ def _naming(inner: bool) -> Any:
             def step(done: Any, mask: Any) -> None:
                 before = places.inside(builder.neg(pitch), mask)
                 behind = places.inside(pitch, mask)
-                offset = _bytes(builder, done)
-                middle, middle_name = builder.add(source, offset), builder.add(names, done)
-                a = load(builder, builder.sub(middle, reach), 0, before)
-                b = load(builder, middle, 0, mask)
-                c = load(builder, builder.add(middle, reach), 0, behind)
+                middle = builder.add(source, _bytes(builder, kind, done))
+                middle_name = builder.add(names, done)
+                a = load_numbers(builder, kind, builder.sub(middle, reach), before)
+                b = load_numbers(builder, kind, middle, mask)
+                c = load_numbers(builder, kind, builder.add(middle, reach), behind)
                 second = builder.or_(better(a, b), builder.not_(before))
                 best = builder.select(second, b, a)
                 tap = builder.select(
@@ -212,14 +231,15 @@ def _naming(inner: bool) -> Any:
                 third = builder.and_(better(best, c), behind)
                 best = builder.select(third, c, best)
                 tap = builder.select(third, name(2, builder.add(middle_name, pitch)), tap)
-                store(builder, best, builder.add(target, offset), 0, mask)
+                there = builder.add(target, _bytes(builder, made_kind, done))
+                store_numbers(builder, made_kind, best, there, mask)
                 store_bytes(builder, tap, builder.add(target_names, done), mask)
                 places.move()
 
             _for_vectors(builder, length, step)
             return ir.Constant(INTEGER, 0)
 
-        return types.int64(*[types.int64] * 8), generate
+        return types.int64(kind, made_kind, *[types.int64] * 8), generate
 
     return named
 
@@ -230,6 +250,7 @@ named, named_again = _naming(False), _naming(True)
 @intrinsic
 def asked(
     typing_context: Any,
+    kind: Any,
     gradient: Any,
     names: Any,
     target: Any,
@@ -246,7 +267,7 @@ def asked(
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        gradient, names, target, begin, end, total, step, pitch = args
+        gradient, names, target, begin, end, total, step, pitch = args[1:]
         wide = ir.VectorType(INTEGER, LANES)
         lanes, most = ir.Constant(wide, list(range(LANES))), splat(builder, total, wide)
 
@@ -267,9 +288,11 @@ def asked(
                     tap = load_bytes(builder, builder.add(names, window), _PLACES, exists)
                     chosen = builder.icmp_signed("==", tap, _constant(3 * i + j))
                     chosen = _both(builder, chosen, exists)
-                    value = load(builder, builder.add(gradient, _bytes(builder, window)), 0, exists)
+                    place = builder.add(gradient, _bytes(builder, kind, window))
+                    value = load_numbers(builder, kind, place, exists)
                     out = builder.select(chosen, builder.fadd(out, value), out)
-            store(builder, out, builder.add(target, _bytes(builder, here)), 0, mask)
+            there = builder.add(target, _bytes(builder, kind, here))
+            store_numbers(builder, kind, out, there, mask)
 
         length, margin = builder.sub(end, begin), builder.add(step, pitch)
         inside = builder.and_(
@@ -282,12 +305,13 @@ def asked(
                     _for_vectors(builder, length, partial(add, checked=checked))
         return ir.Constant(INTEGER, 0)
 
-    return types.int64(*[types.int64] * 8), generate
+    return types.int64(kind, *[types.int64] * 8), generate
 
 
 @intrinsic
 def moved(
     typing_context: Any,
+    kind: Any,
     source: Any,
     target: Any,
     length: Any,
@@ -299,16 +323,17 @@ def moved(
     """Planes whose pixels are copied from `down` rows and `across` columns away, or are 0."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        source, target, length, down, across, width, plane = args
+        source, target, length, down, across, width, plane = args[1:]
         zero = ir.Constant(INTEGER, 0)
         columns, pixels = _Places(builder, zero, width), _Places(builder, zero, plane)
         rows_away = builder.mul(down, width)
-        first = builder.add(source, _bytes(builder, builder.add(rows_away, across)))
+        away = builder.add(rows_away, across)
+        first = builder.add(source, _bytes(builder, kind, away))
 
         def step(done: Any, mask: Any) -> None:
             exists = columns.inside(across, pixels.inside(rows_away, mask))
-            offset = _bytes(builder, done)
-            value = load(builder, builder.add(first, offset), 0, exists)
+            offset = _bytes(builder, kind, done)
+            value = load(builder, builder.add(first, offset), 0, exists, kind=raw(kind))
             store(builder, value, builder.add(target, offset), 0, mask)
             columns.move()
             pixels.move()
@@ -316,4 +341,4 @@ def moved(
         _for_vectors(builder, length, step)
         return zero
 
-    return types.int64(*[types.int64] * 7), generate
+    return types.int64(kind, *[types.int64] * 7), generate

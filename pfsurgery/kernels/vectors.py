@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import binding, ir
+from numba import types
 from numba.core import cgutils
 
 _FEATURES = binding.get_host_cpu_features()
@@ -25,6 +27,13 @@ VECTOR = ir.VectorType(FLOAT, LANES)
 SIZE = 4  # bytes of a number
 _MASK = ir.VectorType(ir.IntType(1), LANES)
 _BYTES = ir.VectorType(BYTE, LANES)
+_SHORTS = ir.VectorType(ir.IntType(16), LANES)
+_HALVES = ir.VectorType(ir.HalfType(), LANES)
+_INTEGERS = ir.VectorType(INDEX, LANES)
+
+# Kinds of numbers in memory; all are computed with in float32. Numba cannot compute with those of
+# two bytes, so integers of their size stand for them.
+FLOAT32, BFLOAT16, FLOAT16 = np.float32, np.uint16, np.int16
 
 
 def at(builder: Any, address: Any, offset: int, kind: Any) -> Any:
@@ -89,6 +98,54 @@ def store(builder: Any, value: Any, address: Any, offset: int = 0, mask: Any = N
     arguments = [kind, kind.as_pointer(), INDEX, _MASK]
     values = [value, place, ir.Constant(INDEX, size), mask]
     _call(builder, f"llvm.masked.store.{_suffix(kind)}", ir.VoidType(), arguments, values)
+
+
+def bytes_of(kind: Any) -> int:
+    """Bytes of a number; `kind` is Numba's type of one of the kinds above."""
+    return int(kind.dtype.bitwidth) // 8
+
+
+def raw(kind: Any) -> Any:
+    """Vectors of numbers as they are in memory, for copying."""
+    return VECTOR if bytes_of(kind) == SIZE else _SHORTS
+
+
+def load_numbers(
+    builder: Any, kind: Any, address: Any, mask: Any = None, *, rest: float = 0.0
+) -> Any:
+    """Numbers at an address as float32; those of lanes out of the mask are `rest`."""
+    if kind.dtype == types.float32:
+        return load(builder, address, 0, mask, rest=rest)
+    raw = load(builder, address, 0, mask, kind=_SHORTS)
+    if kind.dtype == types.int16:
+        made = builder.fpext(builder.bitcast(raw, _HALVES), VECTOR)
+    else:
+        upper = builder.shl(builder.zext(raw, _INTEGERS), ir.Constant(_INTEGERS, [16] * LANES))
+        made = builder.bitcast(upper, VECTOR)
+    if mask is None or rest == 0:
+        return made
+    return builder.select(mask, made, ir.Constant(VECTOR, [rest] * LANES))
+
+
+def store_numbers(builder: Any, kind: Any, value: Any, address: Any, mask: Any = None) -> None:
+    """Write float32 numbers, rounded to the nearest of `kind`, those halfway to the even one."""
+    if kind.dtype == types.int16:
+        value = builder.bitcast(builder.fptrunc(value, _HALVES), _SHORTS)
+    elif kind.dtype == types.uint16:
+        value = _upper_half(builder, value)
+    store(builder, value, address, 0, mask)
+
+
+def _upper_half(builder: Any, value: Any) -> Any:
+    def constant(number: int) -> Any:
+        return ir.Constant(_INTEGERS, [number] * LANES)
+
+    bits = builder.bitcast(value, _INTEGERS)
+    odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
+    rounded = builder.add(bits, builder.add(odd, constant(0x7FFF)))
+    nan = builder.fcmp_unordered("uno", value, value)
+    rounded = builder.select(nan, constant(0x7FC00000), rounded)
+    return builder.trunc(builder.lshr(rounded, constant(16)), _SHORTS)
 
 
 def load_bytes(builder: Any, address: Any, kind: Any, mask: Any = None) -> Any:

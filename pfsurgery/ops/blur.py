@@ -42,7 +42,7 @@ class Blur(nn.Module):
         # Under autocast the stock convolution would cast; a shadow's device has no autocast to ask.
         if choice.why_stock(input) is None and not torch.is_autocast_enabled(input.device.type):
             axes = window.axes(input, "binomial")
-            if axes is not None:
+            if axes is not None and choice.has_loops(input, *axes, sums=True):
                 return functions.weighted_sum(input, *axes)
         mode = "replicate" if window.padding_mode == "zeros" else window.padding_mode
         channels = input.shape[-1 - window.dims]

@@ -94,7 +94,10 @@ def _axes(window: Window, x: Tensor, weighing: Weighing) -> tuple[Axis, Axis] | 
     small = not x.is_contiguous() or x.shape[3] < _NARROW
     if set(window.stride) != {1} and x.device.type == "cpu" and small:
         return None
-    return window.axes(x, weighing)
+    axes = window.axes(x, weighing)
+    if axes is None or not choice.has_loops(x, *axes, sums=weighing != "none"):
+        return None
+    return axes
 
 
 class MaxPoolOp(Op):
