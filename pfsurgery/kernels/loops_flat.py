@@ -29,8 +29,15 @@ from pfsurgery.kernels.loops_base import (
     line,
     take,
 )
-from pfsurgery.kernels.loops_near import mend
-from pfsurgery.kernels.loops_passes import asked, maxima, moved, named, named_again, sums
+from pfsurgery.kernels.loops_passes import (
+    asked,
+    careful_maxima,
+    maxima,
+    moved,
+    named,
+    named_again,
+    sums,
+)
 from pfsurgery.kernels.vectors import BFLOAT16, FLOAT16, FLOAT32, LANES, SIZE
 
 
@@ -62,8 +69,7 @@ def flat(weighted, kind, data):
     pitch = width * line(data, 1, kind).itemsize
     buffer = np.empty((p[GROUP] + 2) * width, np.float32)
     across, down = np.zeros(9, np.float32), np.zeros(9, np.float32)
-    taps = np.empty(9, np.int64)
-    held, size = np.int64(buffer.ctypes.data), p[ROWS] * pitch
+    held = np.int64(buffer.ctypes.data)
     if weighted is not None:
         all_weights(p[ACROSS], p[COLUMNS], across)
         all_weights(p[DOWN], p[ROWS], down)
@@ -78,17 +84,16 @@ def flat(weighted, kind, data):
         source, target = p[SOURCE] + top * pitch, p[TARGET] + begin * pitch
         middle, place = held + (begin - top) * width * SIZE, begin % p[ROWS] * width
         read, made = (bottom - top) * width, (end - begin) * width
-        zero = np.int64(0)
+        none, step, period = np.int64(0), p[STEP], p[ROWS] * width
         if weighted is None:
-            found = maxima(kind, FLOAT32, source, held, read, zero, p[STEP], width, of_across)
-            maxima(FLOAT32, kind, middle, target, made, place, width, p[ROWS] * width, of_down)
-            if found:  # never of numbers of two bytes
-                for row in range(begin, end):
-                    image, y = row // p[ROWS], row % p[ROWS]
-                    mend(p, p[SOURCE] + image * size, p[TARGET] + image * size, y, taps)
+            found = maxima(kind, FLOAT32, source, held, read, none, step, width, of_across)
+            maxima(FLOAT32, kind, middle, target, made, place, width, period, of_down)
+            if found:
+                careful_maxima(kind, FLOAT32, source, held, read, none, step, width, of_across)
+                careful_maxima(FLOAT32, kind, middle, target, made, place, width, period, of_down)
         else:
-            sums(kind, FLOAT32, source, held, read, zero, p[STEP], width, of_across)
-            sums(FLOAT32, kind, middle, target, made, place, width, p[ROWS] * width, of_down)
+            sums(kind, FLOAT32, source, held, read, none, step, width, of_across)
+            sums(FLOAT32, kind, middle, target, made, place, width, period, of_down)
 
 
 @njit

@@ -15,7 +15,6 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pfsurgery.kernels.loops import mix_with_nan
 from pfsurgery.kernels.loops_base import (
     ACROSS,
     ARGUMENTS,
@@ -45,10 +44,12 @@ from pfsurgery.kernels.vectors import (
     LANES,
     SIZE,
     VECTOR,
+    Rule,
     any_lane,
     at,
     bytes_of,
     first_lanes,
+    larger,
     load_numbers,
     multiply_add,
     splat,
@@ -56,13 +57,13 @@ from pfsurgery.kernels.vectors import (
 )
 
 
-def _two_rows(maximum: bool) -> Any:
+def _two_rows(rule: Rule) -> Any:
     """Two rows of outputs of four rows of inputs, `length` numbers of each.
 
     The function takes the kind of the numbers, addresses of the four rows and the two targets, how
     far the left and the right tap are in bytes, and the address of nine weights: of the columns,
     then of each target's rows. It says whether it saw a NaN in the middle; then a maximum is not to
-    be relied upon. Of numbers of two bytes it heeds NaN itself, as converting them costs more.
+    be relied upon unless it was made with care.
     """
 
     @intrinsic
@@ -82,7 +83,7 @@ def _two_rows(maximum: bool) -> Any:
     ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             rows, targets, (left, right, length, weights) = args[1:5], args[5:7], args[7:]
-            size, narrow = bytes_of(kind), bytes_of(kind) < SIZE
+            size = bytes_of(kind)
             zero = ir.Constant(VECTOR, [0.0] * LANES)
             none = builder.fcmp_ordered("<", zero, zero)
             found = cgutils.alloca_once_value(builder, none)
@@ -91,16 +92,10 @@ def _two_rows(maximum: bool) -> Any:
                 for i in range(9)
             ]
 
-            def larger(old: Any, new: Any) -> Any:
-                """Of equal numbers the first, as in ATen."""
-                better = builder.fcmp_ordered(">", new, old)
-                if narrow:
-                    better = builder.or_(better, builder.fcmp_unordered("uno", new, new))
-                return builder.select(better, new, old)
-
             def joined(numbers: list[Any], of: list[Any]) -> Any:
-                if maximum:
-                    return larger(larger(numbers[0], numbers[1]), numbers[2])
+                if rule != "sum":
+                    first = larger(builder, rule, numbers[0], numbers[1])
+                    return larger(builder, rule, first, numbers[2])
                 made = builder.fmul(numbers[0], of[0])
                 made = multiply_add(builder, numbers[1], of[1], made)
                 return multiply_add(builder, numbers[2], of[2], made)
@@ -114,7 +109,7 @@ def _two_rows(maximum: bool) -> Any:
                         load_numbers(builder, kind, middle, mask),
                         load_numbers(builder, kind, builder.add(middle, right), mask),
                     ]
-                    if maximum and not narrow:
+                    if rule == "maximum":
                         nan = builder.fcmp_unordered("uno", taps[1], taps[1])
                         builder.store(builder.or_(builder.load(found), nan), found)
                     across.append(joined(taps, factors[:3]))
@@ -138,7 +133,7 @@ def _two_rows(maximum: bool) -> Any:
     return two_rows
 
 
-_two_maxima, _two_sums = _two_rows(True), _two_rows(False)
+_two_maxima, _two_careful, _two_sums = map(_two_rows, ("maximum", "careful", "sum"))
 
 
 @njit
@@ -161,7 +156,7 @@ def split(axis_at, output, weights):
 
 
 @njit
-def pair(weighted, kind, p, source, target, y, weights):
+def pair(weighted, careful, kind, p, source, target, y, weights):
     """Output rows `y` and `y + 1` of one image; whether a NaN was seen."""
     rows, columns = p[ROWS], p[COLUMNS]
     step = p[STEP] * line(source, 1, kind).itemsize
@@ -187,8 +182,13 @@ def pair(weighted, kind, p, source, target, y, weights):
         left = np.int64(0) if begin == 0 else -step
         right = np.int64(0) if end == columns else step
         # fmt: off
-        if weighted is None:
+        if weighted is None and careful is None:
             found |= _two_maxima(
+                kind, top + at, upper + at, lower + at, bottom + at, first + at, second + at,
+                left, right, length, at_weights,
+            )
+        elif weighted is None:
+            _two_careful(
                 kind, top + at, upper + at, lower + at, bottom + at, first + at, second + at,
                 left, right, length, at_weights,
             )
@@ -206,7 +206,6 @@ def near(weighted, kind, data):
     """Images in blocks of GROUP rows, an even number."""
     p = line(data, ARGUMENTS, np.int64)
     weights = np.zeros(9, np.float32)
-    taps = np.empty(9, np.int64)
     parts = (p[ROWS] + p[GROUP] - 1) // p[GROUP]
     size = p[ROWS] * p[COLUMNS] * p[STEP] * line(data, 1, kind).itemsize
     while True:
@@ -218,24 +217,10 @@ def near(weighted, kind, data):
         begin, end = part * p[GROUP], min((part + 1) * p[GROUP], p[ROWS])
         found = False
         for y in range(begin, end, 2):
-            found |= pair(weighted, kind, p, source, target, y, weights)
+            found |= pair(weighted, None, kind, p, source, target, y, weights)
         if found and weighted is None:
-            for y in range(begin, end):
-                mend(p, source, target, y, taps)
-
-
-@njit
-def mend(p, source, target, y, taps):
-    """Maxima of row `y` again, pixel by pixel, where a NaN beats every number."""
-    step, one = p[STEP] * SIZE, np.int64(1)
-    for x in range(p[COLUMNS]):
-        count = 0
-        for row in range(max(0, y - 1), min(y + 2, p[ROWS])):
-            for column in range(max(0, x - 1), min(x + 2, p[COLUMNS])):
-                taps[count] = source + (row * p[COLUMNS] + column) * step
-                count += 1
-        here = target + (y * p[COLUMNS] + x) * step
-        mix_with_nan(np.float32, np.int64(taps.ctypes.data), count, one, here, one, p[STEP])
+            for y in range(begin, end, 2):
+                pair(weighted, True, kind, p, source, target, y, weights)
 
 
 def max_near_float32(data):

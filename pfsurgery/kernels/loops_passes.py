@@ -22,10 +22,12 @@ from pfsurgery.kernels.vectors import (
     LANES,
     SIZE,
     VECTOR,
+    Rule,
     any_lane,
     at,
     bytes_of,
     first_lanes,
+    larger,
     load,
     load_bytes,
     load_numbers,
@@ -94,14 +96,14 @@ def _bytes(builder: Any, kind: Any, numbers: Any) -> Any:
     return builder.mul(numbers, ir.Constant(INTEGER, bytes_of(kind)))
 
 
-def _along(maximum: bool) -> Any:
+def _along(rule: Rule) -> Any:
     """Each number of a vector with its neighbours `pitch` before and behind, combined.
 
     The function takes the kinds of numbers and the addresses of source and target, how many numbers
     there are, the place of the first within its period, pitch and period in numbers, and the
     address of nine weights: of places without a tap before, of those with all three, of those
-    without one behind. It says whether it saw a NaN; then a maximum is not to be relied upon. Of
-    numbers of two bytes it heeds NaN itself, as converting them costs more.
+    without one behind. It says whether it saw a NaN; then a maximum is not to be relied upon unless
+    it was made with care.
     """
 
     @intrinsic
@@ -117,8 +119,6 @@ def _along(maximum: bool) -> Any:
         period: Any,
         weights: Any,
     ) -> Any:
-        narrow = min(bytes_of(kind), bytes_of(made_kind)) < SIZE
-
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             source, target, length, start, pitch, period, weights = args[2:]
             zero = ir.Constant(VECTOR, [0.0] * LANES)
@@ -132,17 +132,10 @@ def _along(maximum: bool) -> Any:
                 for begin in (0, 3, 6)
             )
 
-            def larger(old: Any, new: Any) -> Any:
-                """Of equal numbers the first, as in ATen."""
-                better = builder.fcmp_ordered(">", new, old)
-                if narrow:
-                    better = builder.or_(better, builder.fcmp_unordered("uno", new, new))
-                return builder.select(better, new, old)
-
             def step(done: Any, mask: Any) -> None:
                 before = places.inside(builder.neg(pitch), mask)
                 behind = places.inside(pitch, mask)
-                rest = -math.inf if maximum else 0.0
+                rest = 0.0 if rule == "sum" else -math.inf
 
                 def number(place: Any, lanes: Any) -> Any:
                     return load_numbers(builder, kind, place, lanes, rest=rest)
@@ -151,11 +144,12 @@ def _along(maximum: bool) -> Any:
                 middle = number(at_middle, mask)
                 left = number(builder.sub(at_middle, reach), before)
                 right = number(builder.add(at_middle, reach), behind)
-                if maximum and not narrow:
+                if rule == "maximum":
                     nan = builder.fcmp_unordered("uno", middle, middle)
                     builder.store(builder.or_(builder.load(found), nan), found)
-                if maximum:
-                    made = larger(larger(left, middle), right)
+                if rule != "sum":
+                    made = larger(builder, rule, left, middle)
+                    made = larger(builder, rule, made, right)
                 else:
                     both = builder.and_(before, behind)
                     own = builder.select(before, last[1], first[1])
@@ -176,7 +170,7 @@ def _along(maximum: bool) -> Any:
     return along
 
 
-maxima, sums = _along(True), _along(False)
+maxima, careful_maxima, sums = map(_along, ("maximum", "careful", "sum"))
 
 
 def _naming(inner: bool) -> Any:

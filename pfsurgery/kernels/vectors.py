@@ -6,7 +6,7 @@ rows at once.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from llvmlite import binding, ir
@@ -30,6 +30,8 @@ _BYTES = ir.VectorType(BYTE, LANES)
 _SHORTS = ir.VectorType(ir.IntType(16), LANES)
 _HALVES = ir.VectorType(ir.HalfType(), LANES)
 _INTEGERS = ir.VectorType(INDEX, LANES)
+
+Rule = Literal["maximum", "careful", "sum"]
 
 # Kinds of numbers in memory; all are computed with in float32. Numba cannot compute with those of
 # two bytes, so integers of their size stand for them.
@@ -156,6 +158,14 @@ def load_bytes(builder: Any, address: Any, kind: Any, mask: Any = None) -> Any:
 def store_bytes(builder: Any, value: Any, address: Any, mask: Any = None) -> None:
     """Write the low byte of each lane."""
     store(builder, builder.trunc(value, _BYTES), address, 0, mask)
+
+
+def larger(builder: Any, rule: Rule, old: Any, new: Any) -> Any:
+    """The larger of two: of equal ones the first; "careful" lets the last NaN win, as ATen does."""
+    better = builder.fcmp_ordered(">", new, old)
+    if rule == "careful":
+        better = builder.or_(better, builder.fcmp_unordered("uno", new, new))
+    return builder.select(better, new, old)
 
 
 def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
