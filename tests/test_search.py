@@ -20,6 +20,8 @@ from pfsurgery.cli import app
 from pfsurgery.digests import digest_of_images
 from pfsurgery.errors import PolicyError, SurgeryError, TrainingError
 from pfsurgery.measure import count
+from pfsurgery.recover.budget import Budget
+from pfsurgery.recover.device import closest
 from pfsurgery.recover.hull import spend
 from pfsurgery.recover.options import Option
 from pfsurgery.report import write_report
@@ -69,6 +71,42 @@ def test_the_programme_finds_the_best_choice(sites, budget_):
     assert sum(damage for _, damage in chosen) == pytest.approx(min(allowed)[0], abs=1e-4)
     greedy = [options[name][place] for name, place in spend(options, budget_).items()]
     assert sum(d for _, d in chosen) <= sum(d for _, d in greedy) + 1e-4
+
+
+@given(
+    st.lists(st.floats(0.1, 2), min_size=1, max_size=30).map(sorted),
+    st.floats(0.2, 1.5),
+    st.floats(0, 1),
+)
+def test_a_time_that_the_fastest_choice_takes_is_met(shares, asked, least):
+    tried = []
+
+    def trial(left: float) -> tuple[float, dict[str, int]]:
+        tried.append(left)
+        place = round((left - least) / max(1e-9, 1 - least) * (len(shares) - 1))
+        return shares[place], {"site": place}
+
+    share, places = closest(trial, least, 1.0, 1.0, asked)
+    assert len(tried) <= 5
+    assert all(least <= left <= 1 for left in tried)
+    assert shares[places["site"]] == share
+    assert share <= 1.1 * asked or shares[0] > asked
+
+
+def test_a_choice_that_does_not_meet_the_budget_leaves_those_that_do(images):
+    class Fickle(Budget):
+        """As a loaded clock may have it: what is chosen by measured damage takes too long."""
+
+        def choose(self, choices, tell, damage=None, *rest):
+            if damage is not None:
+                raise PolicyError("it cannot be met")
+            return super().choose(choices, tell)
+
+    told = []
+    found = search(trained_like(), Fickle(macs="70%"), images, ops=OPS, tell=told.append)
+    assert {point.origin for point in found.points} == {"budget"}
+    assert found.chosen.macs < found.original.macs
+    assert "measured damage: it cannot be met" in told
 
 
 def test_each_site_is_measured_alone_and_a_stopped_run_goes_on(images, tmp_path):

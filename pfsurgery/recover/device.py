@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from statistics import median
 
 import numpy as np
@@ -75,7 +76,7 @@ def choose_by_latency(
         tell(f"a network of {share:.1%} of the original's time, {asked:.1%} asked for")
         return share, places
 
-    share, places = _closest(trial, least, kept, whole, asked)
+    share, places = closest(trial, least, kept, whole, asked)
     if share > _TOLERANCE * asked:
         if asked >= 1:  # what no conversion makes faster takes its own time as it is
             return untouched
@@ -87,7 +88,7 @@ def choose_by_latency(
     return places
 
 
-def _closest(
+def closest(
     trial: Callable[[float], tuple[float, dict[str, int]]],
     least: float,
     kept: float,
@@ -102,7 +103,7 @@ def _closest(
     low, high = least, max(least, kept)
     left = min(max(least, (asked - 1) * whole + kept), high)
     found: list[tuple[float, dict[str, int]]] = []
-    for _ in range(_TRIALS):
+    for number in range(1, _TRIALS + 1):
         share, places = trial(left)
         found.append((share, places))
         if abs(share / asked - 1) <= _CLOSE or (left == least and share > asked):
@@ -111,13 +112,18 @@ def _closest(
             high = left
         else:
             low = left
-        if high - low < _CLOSE * least:
+        met = min(found, key=itemgetter(0))[0] <= _TOLERANCE * asked
+        narrow = high - low < _CLOSE * least
+        if met and narrow:
             break
+        if not met and (narrow or number == _TRIALS - 1):
+            left = least  # the fastest choice, before it is said that none is fast enough
+            continue
         left += (asked - share) * whole
         if not low < left < high:
             left = (low + high) / 2
-    met = [(share, places) for share, places in found if share <= _TOLERANCE * asked]
-    return min(met or found, key=lambda one: abs(one[0] - asked))
+    within = [(share, places) for share, places in found if share <= _TOLERANCE * asked]
+    return min(within or found, key=lambda one: abs(one[0] - asked))
 
 
 def _share(

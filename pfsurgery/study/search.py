@@ -111,7 +111,20 @@ def search(
         )
 
     tried = [] if equal is None else [bench.make("equal relative errors", "budget", equal)]
-    tried.append(bench.make("measured damage", "sensitivity", chosen(harm)))
+
+    def attempt(name: str, origin: str, damages: Mapping[str, Sequence[float]]) -> None:
+        """Make the choice for these damages, unless it is there or does not meet the budget."""
+        try:
+            places = chosen(damages)
+        except PolicyError as error:  # of time, which is measured
+            if not tried:
+                raise
+            tell(f"{name}: {error}")
+            return
+        if all(places != made.places for made in tried):
+            tried.append(bench.make(name, origin, places))
+
+    attempt("measured damage", "sensitivity", harm)
     best = min(tried, key=_damage)
     for number in range(1, _ROUNDS + 1):
         weights = weights_inside(
@@ -123,9 +136,7 @@ def search(
                 name: [weights[name] ** trust * damage for damage in damages]
                 for name, damages in harm.items()
             }
-            places = chosen(weighted)
-            if all(places != made.places for made in tried):
-                tried.append(bench.make(f"repair {number}, trust {trust:g}", "repair", places))
+            attempt(f"repair {number}, trust {trust:g}", "repair", weighted)
         nearest = min(tried, key=_damage)
         if nearest is best:
             break
