@@ -204,9 +204,10 @@ def run_job(
             else:
                 step("original", lambda: original, original)
                 seen = first_images(unlabelled_images(train, original), images)
-                example = seen[0][:1].to(placement(original)[0])
+                example = seen[0][:1].clone().to(placement(original)[0])
                 _check_original(original, example, steps[0].accuracy)
                 fast = _surgery(original, policy, include, exclude, example, seen, step, tell)
+                del seen
                 save(fast, folder / _CONVERTED_FOLDER)
                 write_text(folder / _CONVERTED_FOLDER / _PLAN, record(fast).plans[-1].to_json())
                 _write_steps(folder, steps)

@@ -11,7 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from pfsurgery.batches import Images, report_skipped, skipped_images
+from pfsurgery.batches import (
+    Images,
+    give_freed_memory_back,
+    report_skipped,
+    skipped_images,
+)
 from pfsurgery.errors import SlowWarning, TrainingError
 from pfsurgery.recover import snapshot
 from pfsurgery.recover.compilation import check_backend
@@ -98,6 +103,7 @@ def finetune(
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise TrainingError("No parameter of the model requires a gradient, so none is trained.")
     check_run(teacher, config, val=val, folder=folder, resume=resume)
+    give_freed_memory_back()
     with ExitStack() as stack:
         stack.enter_context(keep_random_state())
         both = [m for m in (model, teacher) if m is not None]
