@@ -24,6 +24,7 @@ from pfsurgery.ops.blur import Blur
 from pfsurgery.ops.pool import AvgPool, MaxPool
 
 # Their windows hold the convolution's weights and bias as they are.
+_WITH_ACTIVATION = "timm.layers.norm_act.BatchNormAct2d"
 _PLAIN = ("torch.nn.modules.conv.Conv2d", "timm.layers.conv2d_same.Conv2dSame")
 
 
@@ -60,17 +61,34 @@ def fold_norms(seen: GraphView, model: nn.Module) -> None:
 
 
 def _norms(seen: GraphView, model: nn.Module) -> Iterator[tuple[fx.Node, nn.BatchNorm2d]]:
-    """Batch norms with statistics of their own that are called once."""
+    """Batch norms with statistics of their own that are called once.
+
+    Not those beside one that was not reached: in other circumstances that might be called instead.
+    """
+    elsewhere = {
+        path.rpartition(".")[0]
+        for path, module in model.named_modules()
+        if isinstance(module, nn.BatchNorm2d) and not seen.calls(path)
+    }
     for node in seen.graph.nodes:
-        if node.op != "call_module" or seen.calls(str(node.target)) != 1:
+        if node.op != "call_module" or seen.calls(path := str(node.target)) != 1:
             continue
-        norm = get_module(model, str(node.target))
+        norm = get_module(model, path)
         if (
             isinstance(norm, nn.BatchNorm2d)
+            and _computes_as_known(norm)
             and norm.running_var is not None
             and not is_watched(norm)
+            and path not in seen.foreign_reads
+            and path.rpartition(".")[0] not in elsewhere
         ):
             yield node, norm
+
+
+def _computes_as_known(norm: nn.BatchNorm2d) -> bool:
+    """Whether it computes what torch's batch norm does, or timm's with an activation."""
+    kind = f"{type(norm).__module__}.{type(norm).__qualname__}"
+    return kind == _WITH_ACTIVATION or type(norm).forward is nn.BatchNorm2d.forward
 
 
 def _fold(node: fx.Node, norm: nn.BatchNorm2d, seen: GraphView, model: nn.Module) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -87,7 +88,8 @@ class GraphView:
         modules: The shadow's modules by path. Tensors in it have no storage.
         orphans: Calls of convolution functions, with a kernel larger than one pixel, that no
             convolution module made.
-        foreign_reads: Paths of modules whose weight another module's code reads, with the reader.
+        foreign_reads: Paths of convolutions and batch norms whose tensors another module's code
+            reads, with the reader.
         passes: Calls of modules that are not leaves, by path.
     """
 
@@ -192,11 +194,11 @@ class _Recorder(TorchFunctionMode):
         self._leaf: nn.Module | None = None
         self._leaf_reads = False
         self._weights = {
-            id(parameter): path
+            id(tensor): path
             for path, module in modules.items()
-            if convolves(module)
-            for parameter in module._parameters.values()
-            if parameter is not None
+            if convolves(module) or isinstance(module, _BatchNorm)
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if tensor is not None
         }
 
     def add(self, op: str, target: Any, inputs: Any, output: Any) -> None:

@@ -62,7 +62,7 @@ def _is_folder(name: str) -> bool:
     Raises:
         UnknownNameError: A model of timm's has the same name.
     """
-    if not Path(name).is_dir():
+    if not name or not Path(name).is_dir():
         return False
     import timm
 

@@ -295,12 +295,13 @@ def _is_drop(node: fx.Node, seen: GraphView) -> bool:
 
 
 def _pointwise(node: fx.Node, seen: GraphView) -> Convolution | nn.Linear | None:
-    """The module that `node` calls, if it is a linear layer or an ungrouped 1x1 convolution."""
+    """The module that `node` calls, if it is a linear layer or mixes the channels of each pixel."""
     module = seen.modules[str(node.target)] if node.op == "call_module" else None
     if isinstance(module, nn.Linear):
         return module
     if isinstance(module, Convolution) and module.groups == 1:
-        return module if {*module.kernel_size, *module.stride} == {1} else None
+        padded = not isinstance(module.padding, str) and any(module.padding)
+        return module if {*module.kernel_size, *module.stride} == {1} and not padded else None
     return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, Literal
 
 from torch import nn
@@ -12,8 +11,10 @@ from pfsurgery.fold import fold_norms
 from pfsurgery.fuse import speed_up_on_gpu, speed_up_pointwise, take_in_activations
 from pfsurgery.graph import view
 from pfsurgery.measure.latency import MemoryFormat, first_tensor, in_format, latency
+from pfsurgery.modules import copied
 from pfsurgery.ops.bottleneck import Bottleneck
 from pfsurgery.record import forget
+from pfsurgery.scan import refuse_wrapped
 
 
 def optimize(
@@ -30,8 +31,9 @@ def optimize(
     their weights packed for the fused kernel and take in the ReLU behind them; in channels_last
     that kernel also runs the pointwise convolutions that it is seen to run faster. On a GPU one
     Triton kernel runs the bottlenecks that it is seen to run faster. Later changes of the weights
-    are not noticed, names in the state dict differ, and the copy carries no record: save the model
-    that it was made from.
+    are not noticed, and what the example does not reach is not looked at; where a model chooses
+    among norms of one module, none of these is folded. Names in the state dict differ, and the copy
+    carries no record: save the model that it was made from.
 
     Args:
         model: The model; it is left as it was.
@@ -42,11 +44,13 @@ def optimize(
 
     Raises:
         ShapeError: The model does not run on the example.
-        SurgeryError: `memory_format` is unknown.
+        SurgeryError: `memory_format` is unknown, or the model cannot be copied, or is wrapped by
+            DDP, FSDP or `torch.compile`.
     """
+    refuse_wrapped(model)
     args = example_inputs(model, example)
     seen = view(model, args)
-    folded = copy.deepcopy(model).eval()
+    folded = copied(model).eval()
     forget(folded)
     fold_norms(seen, folded)
     take_in_activations(seen, folded)

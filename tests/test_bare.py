@@ -11,7 +11,7 @@ from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 
 from pfsurgery import bare, budget, convert, load, plan, reconstruct, record, save, scan
-from pfsurgery.errors import DataError, UnsupportedSiteError
+from pfsurgery.errors import DataError, NoEffectWarning, UnsupportedSiteError
 from pfsurgery.measure import count
 from pfsurgery.ops.columns import Columns
 from tests import zoo
@@ -63,6 +63,14 @@ def distance(one: nn.Module, other: nn.Module, images: list[torch.Tensor]) -> fl
         y = torch.cat([one(batch) for batch in images])
         z = torch.cat([other(batch) for batch in images])
     return float((y - z).square().mean() / y.var())
+
+
+def test_a_pointwise_layer_with_padding_is_not_refitted():
+    padded = nn.Conv2d(8, 8, 1, padding=1)
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU(), padded).eval()
+    with pytest.warns(NoEffectWarning):
+        fast = convert(model, bare(), images=[torch.randn(16, 8, 24, 24)] * 2, include="0")
+    assert isinstance(fast[0], nn.Conv2d)
 
 
 def test_a_depthwise_convolution_that_is_scaled_shifts_is_found_exactly(images):

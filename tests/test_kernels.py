@@ -212,6 +212,38 @@ def test_means_and_blurs_of_two_bytes_have_the_stock_gradients(name, dtype):
     torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("kernel", "size"), [((2, 2), (2, 2)), ((4, 4), (2, 2)), ((4, 3), (2, 16))]
+)
+def test_a_strided_shift_of_as_many_rows_has_the_stock_gradient(layout, kernel, size):
+    stride = tuple(2 if k % 2 == 0 else 1 for k in kernel)
+    op = op_of("shift", Window(kernel, stride, tuple(k // 2 for k in kernel)), 64)
+    ours = torch.randn(16, 64, *size).to(memory_format=layout).requires_grad_()
+    theirs = ours.detach().clone().requires_grad_()
+    made = op(ours)
+    with disabled():
+        expected = op(theirs)
+    weights = torch.randn(expected.shape)
+    (made * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(made, expected)
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_windows_that_lie_in_the_padding_are_left_to_the_stock_calls(dtype):
+    window, x = Window((3, 3), (2, 2), (3, 3)), torch.randn(4, 33, 28, 28).to(dtype)
+    ours, theirs = (x.clone().requires_grad_() for _ in range(2))
+    made = MaxPool(window)(ours)
+    with disabled():
+        expected = MaxPool(window)(theirs)
+    assert torch.equal(made, expected)
+    made[made.isfinite()].sum().backward()
+    expected[expected.isfinite()].sum().backward()
+    assert torch.equal(ours.grad, theirs.grad)
+
+
 def test_a_shift_of_other_channels_than_it_was_made_for_is_refused():
     op = op_of("shift", Window((3, 3), (1, 1), (1, 1)), 18)
     for channels in (9, 20):

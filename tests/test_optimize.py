@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import pfsurgery
 from pfsurgery.cli import app
-from pfsurgery.errors import RecordMismatchError
+from pfsurgery.errors import RecordMismatchError, WrappedModelError
 from pfsurgery.fold import with_folded_norms
 from pfsurgery.ops.pool import AvgPool, MaxPool
 from pfsurgery.ops.window import Window
@@ -164,6 +164,56 @@ def test_a_copy_with_folded_norms_shares_the_rest_and_calls_the_same_hooks():
     assert copied.get_classifier().weight is model.get_classifier().weight
     assert norms(model) == names
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+class WithNorm(nn.Module):
+    """A convolution and norms, in the hands of `use`."""
+
+    def __init__(self, use, norms=1):
+        super().__init__()
+        self.conv, self.use = nn.Conv2d(8, 8, 3, padding=1), use
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(norms))
+        for norm in self.norms:
+            nn.init.uniform_(norm.weight, 0.5, 2)
+            nn.init.normal_(norm.running_mean)
+            nn.init.uniform_(norm.running_var, 0.2, 3)
+
+    def forward(self, x):
+        return self.use(self, self.conv(x))
+
+
+class NormAndReLU(nn.BatchNorm2d):
+    def forward(self, input):
+        return super().forward(input).relu()
+
+
+def test_norms_that_compute_something_else_are_not_folded():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), NormAndReLU(8)).eval()
+    x = torch.randn(2, 8, 24, 24)
+    torch.testing.assert_close(pfsurgery.optimize(model, x)(x), model(x))
+    torch.testing.assert_close(with_folded_norms(model, x)(x), model(x))
+
+
+def test_norms_whose_weights_are_read_elsewhere_are_not_folded():
+    def use(module, x):
+        norm = module.norms[0]
+        return norm(x) * norm.weight.view(1, -1, 1, 1) + norm.running_mean.view(1, -1, 1, 1)
+
+    model, x = WithNorm(use).eval(), torch.randn(2, 8, 24, 24)
+    torch.testing.assert_close(pfsurgery.optimize(model, x)(x), model(x))
+
+
+def test_norms_beside_one_that_the_example_does_not_reach_are_not_folded():
+    model = WithNorm(lambda module, x: module.norms[x.shape[-1] != 24](x), norms=2).eval()
+    fast = pfsurgery.optimize(model, torch.zeros(1, 8, 24, 24))
+    for size in (24, 16):
+        x = torch.randn(2, 8, size, size)
+        torch.testing.assert_close(fast(x), model(x))
+
+
+def test_a_compiled_model_is_refused():
+    with pytest.raises(WrappedModelError, match="compile"):
+        pfsurgery.optimize(torch.compile(nn.Conv2d(3, 3, 3)), torch.zeros(1, 3, 8, 8))
 
 
 def test_an_optimized_copy_is_not_saved(tmp_path):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import timm
@@ -8,7 +9,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pfsurgery.errors import DataError, TrainingError
+import pfsurgery
+from pfsurgery.errors import DataError, ShapeError, TrainingError
 from pfsurgery.recover import recalibrate
 
 
@@ -167,3 +169,41 @@ def test_half_precision_and_double_models():
         model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).to(dtype)
         assert recalibrate(model, batches(8)) == 1
         assert model[1].running_var.dtype == dtype
+
+
+def test_a_channel_that_is_constant_keeps_its_variance():
+    model = timm.create_model("test_resnet").eval()
+    fast = pfsurgery.convert(model, "maxpool_all")
+    x = torch.randn(4, 3, 64, 64)
+    with torch.no_grad():
+        largest = float(fast(x).abs().max())
+        recalibrate(fast, [torch.zeros(16, 3, 64, 64)])
+        assert float(fast(x).abs().max()) < 100 * max(1.0, largest)
+
+
+def test_images_that_the_model_does_not_take_are_told():
+    model = timm.create_model("test_resnet").eval()
+    fast = pfsurgery.convert(model, "maxpool_all")
+    grey = [torch.randn(4, 1, 64, 64)]
+    with pytest.raises(ShapeError, match=r"does not run on .*\(4, 1, 64, 64\)"):
+        recalibrate(fast, grey)
+    with pytest.raises(ShapeError, match="does not run on"):
+        pfsurgery.reconstruct(fast, model, grey)
+
+
+def test_models_that_return_no_tensor_are_refused_before_anything_is_fitted():
+    @dataclass
+    class Output:
+        logits: torch.Tensor
+
+    class Model(nn.Sequential):
+        def forward(self, input):
+            return Output(super().forward(input))
+
+    layers = (nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8))
+    model = Model(*layers, nn.Conv2d(8, 8, 1)).eval()
+    fast = pfsurgery.convert(model, "maxpool_all", example=torch.zeros(1, 3, 16, 16))
+    told = []
+    with pytest.raises(ShapeError, match="no tensor is found"):
+        pfsurgery.reconstruct(fast, model, [torch.randn(16, 3, 16, 16)], tell=told.append)
+    assert not told

@@ -61,6 +61,14 @@ class Axis:
         return first, last
 
     @cached_property
+    def is_offset(self) -> bool:
+        """Whether each output reads the pixel that is `padding` before it, where there is one."""
+        there = np.arange(self.outputs) - self.padding
+        inside = (there >= 0) & (there < self.size)
+        one_each = self.size == self.outputs and bool((self.counts == inside).all())
+        return one_each and bool((self.positions[inside, 0] == there[inside]).all())
+
+    @cached_property
     def span(self) -> int:
         """Pixels that a ring has to hold: from an output's first to the last read till then."""
         used = np.flatnonzero(self.counts)

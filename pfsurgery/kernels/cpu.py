@@ -90,10 +90,9 @@ def shift(x: Tensor, groups: tuple[Group, ...]) -> Tensor:
     _, down, across = groups[0]
     out = empty(x, down.outputs, across.outputs)
     count, step = images(x)
-    same = down.size == down.outputs and across.size == across.outputs
     size = x.element_size()
     fits = size < 8 and down.size * across.size < _MOST
-    if step == 1 and fits and same and down.stride == across.stride == 1:
+    if step == 1 and fits and _are_offsets(groups):
         kernel, units = compiled("loops_flat", f"moves_flat_{size}"), len(x) * len(groups)
     elif step > 1 and size < 8:
         kernel, units = compiled("loops_blend", f"moves_blended_{size}"), count * down.outputs
@@ -200,6 +199,11 @@ def compiled(module: str, entry: str) -> int:
     made = cfunc(types.void(types.voidptr), cache=True)(getattr(loops, entry))
     setattr(loops, entry, made)  # the code lives as long as this object
     return int(made.address)
+
+
+@lru_cache(maxsize=1024)
+def _are_offsets(groups: tuple[Group, ...]) -> bool:
+    return all(axis.is_offset for _, down, across in groups for axis in (down, across))
 
 
 @lru_cache(maxsize=1024)

@@ -141,7 +141,7 @@ class Window:
 
 @lru_cache(maxsize=1024)
 def _axes(window: Window, size: Pair, weighing: Weighing) -> tuple[Axis, Axis] | None:
-    if window.padding_mode != "zeros" or prod(window.kernel_size) > 256:
+    if window.padding_mode != "zeros" or prod(window.kernel_size) > 256 or window.why_empty():
         return None
     made = []
     fields = (window.kernel_size, window.stride, window.dilation)

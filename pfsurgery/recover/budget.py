@@ -254,7 +254,7 @@ def budget(
             f"max_drop is a number of points of accuracy, such as budget(max_drop=1.0), not "
             f"{max_drop!r}."
         )
-    if batch < 1:
+    if not isinstance(batch, int) or batch < 1:
         raise PolicyError(f"A batch has 1 image or more, not {batch}.")
     absolute(given[0], 1.0)
     forms = _ANY if thin else PARAMETER_FREE

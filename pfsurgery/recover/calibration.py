@@ -32,7 +32,8 @@ def calibration_batches(images: Any, model: nn.Module) -> list[Tensor]:
     if images is None:
         raise DataError(
             "This is fitted to images: pass images= (a few hundred to a few thousand, "
-            "unlabelled), as an iterable of batches (N, C, H, W), a DataLoader or a path."
+            "unlabelled), as an iterable of batches (N, C, H, W), a DataLoader or a path; on the "
+            "command line --data."
         )
     device, dtype = placement(model)
     most = _CPU_BATCH if device.type == "cpu" else _GPU_BATCH

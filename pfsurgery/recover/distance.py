@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pfsurgery.errors import RecordMismatchError
+from pfsurgery.errors import RecordMismatchError, ShapeError
+from pfsurgery.measure.state import explained
 
 # What a model returns, the tensors that count of it, for each of some batches.
 Outputs = Sequence[tuple[Tensor, ...]]
@@ -36,11 +37,18 @@ def check_same_outputs(student: nn.Module, teacher: nn.Module, image: Tensor) ->
 
     Raises:
         RecordMismatchError: They do not.
+        ShapeError: They do not run on it, or return no tensor, or none that is found.
     """
-    student_gives, teacher_gives = (
-        ", ".join(str(tuple(tensor.shape)) for tensor in outputs(model, [image])[0])
-        for model in (student, teacher)
-    )
+    with explained(teacher, (image,)):
+        student_gives, teacher_gives = (
+            ", ".join(str(tuple(tensor.shape)) for tensor in outputs(model, [image])[0])
+            for model in (student, teacher)
+        )
+    if not teacher_gives:
+        raise ShapeError(
+            f"{type(teacher).__name__} returns something in which no tensor is found, so outputs "
+            "cannot be compared. Wrap it in a module that returns tensors, lists or dicts of them."
+        )
     if student_gives != teacher_gives:
         raise RecordMismatchError(
             f"For an image of shape {tuple(image.shape)} the model gives {student_gives} and the "

@@ -67,7 +67,11 @@ def cheapest_within(
 
 
 def _accuracy(validate: Callable[[nn.Module], float], model: nn.Module) -> float:
-    found = float(validate(model))
+    given = validate(model)
+    try:
+        found = float(given)
+    except (TypeError, ValueError):
+        found = math.nan
     if not math.isfinite(found):
-        raise PolicyError(f"validate must give an accuracy in percent, not {found}.")
+        raise PolicyError(f"validate must give an accuracy in percent, not {given}.")
     return found

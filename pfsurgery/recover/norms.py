@@ -13,8 +13,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pfsurgery.batches import Images, sample_images, unlabelled_images
 from pfsurgery.errors import DataError, TrainingError
+from pfsurgery.measure.state import explained
 from pfsurgery.recover.capture import on_input
 from pfsurgery.recover.state import keep_random_state, keep_train_flags, placement
+
+# Of a norm's eps: a channel of a smaller variance is constant on these images, and keeps the
+# variance that it had, by which other images will not be blown up.
+_STILL = 1e-3
 
 
 @dataclass
@@ -67,6 +72,7 @@ def recalibrate(model: nn.Module, batches: Images | Tensor | str | Path) -> int:
     Raises:
         DataError: There is no batch, or a batch is no image tensor, or there is one image where a
             norm needs two.
+        ShapeError: The model does not run on the images.
         TrainingError: The statistics of a norm are not finite; the message names it.
     """
     return reestimate(model, batches, {name for name, _ in model.named_modules()})
@@ -118,7 +124,9 @@ def reestimate(
     for name, pool in reached.items():
         mean, variance = _buffers(norms[name])[:2]
         mean.copy_(torch.as_tensor(pool.mean))
-        variance.copy_(torch.as_tensor(pool.squares) / (pool.count - 1))
+        found_variance = (torch.as_tensor(pool.squares) / (pool.count - 1)).to(variance)
+        varies = found_variance > _STILL * norms[name].eps
+        variance.copy_(torch.where(varies, found_variance, variance))
     return len(reached)
 
 
@@ -132,7 +140,9 @@ def _run(model: nn.Module, norms: list[_BatchNorm], batches: Images | Tensor | s
     read = sample_images if isinstance(batches, (str, Path)) else unlabelled_images
     given = (batch for batch in read(batches, model) if len(batch))
     for images in _of_two_or_more(given):
-        model(images.to(device=device, dtype=dtype))
+        images = images.to(device=device, dtype=dtype)
+        with explained(model, (images,)):
+            model(images)
         count += 1
     if not count:
         raise DataError("There is no batch to re-estimate norm statistics from; give at least one.")
