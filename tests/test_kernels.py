@@ -10,6 +10,7 @@ import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -85,6 +86,27 @@ def fits(name: str, window: Window, x: torch.Tensor) -> bool:
     return axes is not None and not (name == "mean" and window.dilation != (1, 1))
 
 
+class Compared(NamedTuple):
+    """Outputs and gradients of the kernel, and those of the stock calls."""
+
+    made: torch.Tensor
+    expected: torch.Tensor
+    gradient: torch.Tensor
+    wanted: torch.Tensor
+
+
+def compared(op: nn.Module, x: torch.Tensor) -> Compared:
+    """The op on two copies of `x`; infinite outputs have no part in the gradients."""
+    ours, theirs = (x.detach().clone().requires_grad_() for _ in range(2))
+    made = op(ours)
+    with disabled():
+        expected = op(theirs)
+    weights = torch.randn_like(expected)
+    for output in (made, expected):
+        (output * weights)[output.isfinite()].sum().backward()
+    return Compared(made, expected, ours.grad, theirs.grad)
+
+
 @FAST
 @given(windows(), images("extremes"))
 def test_maxima_are_bit_equal_and_nan_spreads(window, x):
@@ -103,16 +125,10 @@ def test_maxima_are_bit_equal_and_nan_spreads(window, x):
 def test_outputs_and_gradients_are_those_of_the_stock_calls(window, x, name):
     assume(fits(name, window, x))
     op = op_of(name, window, x.shape[1])
-    ours, theirs = (x.detach().clone().requires_grad_() for _ in range(2))
-    made = op(ours)
-    with disabled():
-        expected = op(theirs)
+    made, expected, gradient, wanted = compared(op, x)
     torch.testing.assert_close(made, expected)
     assert made.is_contiguous() == expected.is_contiguous() or min(made.shape[1:]) == 1
-    weights = torch.randn_like(expected)
-    (made * weights).sum().backward()
-    (expected * weights).sum().backward()
-    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["max", "mean", "blur", "shift"])
@@ -123,16 +139,10 @@ def test_gradients_of_usual_windows_are_those_of_the_stock_calls(name, layout, k
     window = Window((kernel, kernel), (stride, stride), ((kernel - 1) // 2,) * 2)
     op = op_of(name, window, 18)
     for size in (16, 7, 2):
-        ours = torch.randn(2, 18, size, size).to(memory_format=layout).requires_grad_()
-        theirs = ours.detach().clone().requires_grad_()
-        assert fits(name, window, ours)
-        made = op(ours)
-        with disabled():
-            expected = op(theirs)
-        weights = torch.randn_like(expected)
-        (made * weights).sum().backward()
-        (expected * weights).sum().backward()
-        torch.testing.assert_close(ours.grad, theirs.grad)
+        x = torch.randn(2, 18, size, size).to(memory_format=layout)
+        assert fits(name, window, x)
+        found = compared(op, x)
+        torch.testing.assert_close(found.gradient, found.wanted)
 
 
 @pytest.mark.parametrize("kernel", [3, 5])
@@ -188,28 +198,16 @@ def test_numbers_of_two_bytes_are_computed_with_like_larger_ones(dtype, layout, 
 @pytest.mark.parametrize("dtype", NARROW)
 def test_windows_without_loops_for_two_bytes_take_the_stock_calls(name, dtype):
     for window in (Window((5, 5), (1, 1), (2, 2)), Window((3, 3), (2, 2), (1, 1))):
-        ours = torch.randn(2, 18, 16, 16).to(dtype).requires_grad_()
-        theirs = ours.detach().clone().requires_grad_()
-        op = op_of(name, window, 18)
-        made = op(ours)
-        with disabled():
-            expected = op(theirs)
-        torch.testing.assert_close(made, expected)
-        made.sum().backward()
-        expected.sum().backward()
-        torch.testing.assert_close(ours.grad, theirs.grad)
+        found = compared(op_of(name, window, 18), torch.randn(2, 18, 16, 16).to(dtype))
+        torch.testing.assert_close(found.made, found.expected)
+        torch.testing.assert_close(found.gradient, found.wanted)
 
 
 @pytest.mark.parametrize("name", ["mean", "blur"])
 @pytest.mark.parametrize("dtype", NARROW)
 def test_means_and_blurs_of_two_bytes_have_the_stock_gradients(name, dtype):
-    ours = torch.randn(2, 18, 16, 16).to(dtype).requires_grad_()
-    theirs = ours.detach().clone().requires_grad_()
-    op = op_of(name, SAME, 18)
-    op(ours).sum().backward()
-    with disabled():
-        op(theirs).sum().backward()
-    torch.testing.assert_close(ours.grad, theirs.grad)
+    found = compared(op_of(name, SAME, 18), torch.randn(2, 18, 16, 16).to(dtype))
+    torch.testing.assert_close(found.gradient, found.wanted)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -219,29 +217,17 @@ def test_means_and_blurs_of_two_bytes_have_the_stock_gradients(name, dtype):
 def test_a_strided_shift_of_as_many_rows_has_the_stock_gradient(layout, kernel, size):
     stride = tuple(2 if k % 2 == 0 else 1 for k in kernel)
     op = op_of("shift", Window(kernel, stride, tuple(k // 2 for k in kernel)), 64)
-    ours = torch.randn(16, 64, *size).to(memory_format=layout).requires_grad_()
-    theirs = ours.detach().clone().requires_grad_()
-    made = op(ours)
-    with disabled():
-        expected = op(theirs)
-    weights = torch.randn(expected.shape)
-    (made * weights).sum().backward()
-    (expected * weights).sum().backward()
-    torch.testing.assert_close(made, expected)
-    torch.testing.assert_close(ours.grad, theirs.grad)
+    found = compared(op, torch.randn(16, 64, *size).to(memory_format=layout))
+    torch.testing.assert_close(found.made, found.expected)
+    torch.testing.assert_close(found.gradient, found.wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_windows_that_lie_in_the_padding_are_left_to_the_stock_calls(dtype):
-    window, x = Window((3, 3), (2, 2), (3, 3)), torch.randn(4, 33, 28, 28).to(dtype)
-    ours, theirs = (x.clone().requires_grad_() for _ in range(2))
-    made = MaxPool(window)(ours)
-    with disabled():
-        expected = MaxPool(window)(theirs)
-    assert torch.equal(made, expected)
-    made[made.isfinite()].sum().backward()
-    expected[expected.isfinite()].sum().backward()
-    assert torch.equal(ours.grad, theirs.grad)
+    window = Window((3, 3), (2, 2), (3, 3))
+    found = compared(MaxPool(window), torch.randn(4, 33, 28, 28).to(dtype))
+    assert torch.equal(found.made, found.expected)
+    assert torch.equal(found.gradient, found.wanted)
 
 
 def test_a_shift_of_other_channels_than_it_was_made_for_is_refused():
