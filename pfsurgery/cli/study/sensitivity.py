@@ -42,7 +42,7 @@ def sensitivity(
 ) -> None:
     """Change each site alone, in each way, repair it, and rank the changes by damage for gain.
 
-    Example: pfsurgery study sensitivity --model resnet50 --data imagenet/ --out run/
+    Example: pfsurgery study sensitivity --model resnet50 --data imagenet/ --out sensitivity/
     """
     writable_folder(out)
     net = options.opened(model, pretrained, checkpoint, num_classes, model_kwarg, size)
