@@ -112,19 +112,18 @@ def search(
 
     tried = [] if equal is None else [bench.make("equal relative errors", "budget", equal)]
 
-    def attempt(name: str, origin: str, damages: Mapping[str, Sequence[float]]) -> None:
-        """Make the choice for these damages, unless it is there or does not meet the budget."""
+    def meeting(name: str, damages: Mapping[str, Sequence[float]]) -> Places | None:
+        """The choice; none, which is told, where it misses the budget and others meet it."""
         try:
-            places = chosen(damages)
+            return chosen(damages)
         except PolicyError as error:  # of time, which is measured
             if not tried:
                 raise
             tell(f"{name}: {error}")
-            return
-        if all(places != made.places for made in tried):
-            tried.append(bench.make(name, origin, places))
+            return None
 
-    attempt("measured damage", "sensitivity", harm)
+    if (places := meeting("measured damage", harm)) is not None:
+        tried.append(bench.make("measured damage", "sensitivity", places))
     best = min(tried, key=_damage)
     for number in range(1, _ROUNDS + 1):
         weights = weights_inside(
@@ -136,7 +135,10 @@ def search(
                 name: [weights[name] ** trust * damage for damage in damages]
                 for name, damages in harm.items()
             }
-            attempt(f"repair {number}, trust {trust:g}", "repair", weighted)
+            name = f"repair {number}, trust {trust:g}"
+            places = meeting(name, weighted)
+            if places is not None and all(places != made.places for made in tried):
+                tried.append(bench.make(name, "repair", places))
         nearest = min(tried, key=_damage)
         if nearest is best:
             break
