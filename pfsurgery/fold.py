@@ -23,8 +23,8 @@ from pfsurgery.modules import (
 from pfsurgery.ops.blur import Blur
 from pfsurgery.ops.pool import AvgPool, MaxPool
 
-# Their windows hold the convolution's weights and bias as they are.
 _WITH_ACTIVATION = "timm.layers.norm_act.BatchNormAct2d"
+# Their windows hold the convolution's weights and bias as they are.
 _PLAIN = ("torch.nn.modules.conv.Conv2d", "timm.layers.conv2d_same.Conv2dSame")
 
 

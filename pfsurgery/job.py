@@ -204,6 +204,7 @@ def run_job(
             else:
                 step("original", lambda: original, original)
                 seen = first_images(unlabelled_images(train, original), images)
+                # of its own memory: what is seen is let go before the training
                 example = seen[0][:1].clone().to(placement(original)[0])
                 _check_original(original, example, steps[0].accuracy)
                 fast = _surgery(original, policy, include, exclude, example, seen, step, tell)

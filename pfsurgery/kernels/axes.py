@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 Weighing = Literal["none", "mean", "binomial"]
 
+MOST_NUMBERS = 1 << 30  # of an image whose places are counted in 32 bits
 _ONCE = threading.Lock()
 
 

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from pfsurgery.kernels.axes import Axis, are_near
+from pfsurgery.kernels.axes import MOST_NUMBERS, Axis, are_near
 
 _SWITCH = "PFSURGERY_KERNELS"
 _NARROW = (torch.bfloat16, torch.float16)
-_MOST = 1 << 30  # numbers of an image whose places are counted in 32 bits
 _SMALL = 2048  # numbers; below, the stock call is over before a kernel has started
 _enabled: ContextVar[bool] = ContextVar("pfsurgery_kernels", default=True)
 
@@ -50,7 +49,7 @@ def has_loops(x: Tensor, down: Axis, across: Axis, *, sums: bool) -> bool:
     if not x.is_cpu or x.dtype not in _NARROW:
         return True
     tracked = sums and x.requires_grad and torch.is_grad_enabled()
-    return are_near(down, across) and x.shape[1:].numel() < _MOST and not tracked
+    return are_near(down, across) and x.shape[1:].numel() < MOST_NUMBERS and not tracked
 
 
 def why_unfused(x: Tensor) -> str | None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pfsurgery.kernels.axes import Axis, are_near
+from pfsurgery.kernels.axes import MOST_NUMBERS, Axis, are_near
 from pfsurgery.kernels.layout import Group, dense, empty, images
 from pfsurgery.kernels.threads import run, threads
 
@@ -19,7 +19,6 @@ _PLANES = 4096  # numbers of the planes that are worked on together
 _ROWS = 16384  # numbers of the rows that are worked on together
 _HELD = 32768  # numbers of a buffer between two passes: they stay in the second-level cache
 _VECTOR = 16  # numbers of a pixel that are worth the processor's vectors
-_MOST = 1 << 30  # numbers of an image whose places are counted in 32 bits
 _NARROW = 32  # columns of a plane below which rows are too short to be vectors
 
 
@@ -91,7 +90,7 @@ def shift(x: Tensor, groups: tuple[Group, ...]) -> Tensor:
     out = empty(x, down.outputs, across.outputs)
     count, step = images(x)
     size = x.element_size()
-    fits = size < 8 and down.size * across.size < _MOST
+    fits = size < 8 and down.size * across.size < MOST_NUMBERS
     if step == 1 and fits and _are_offsets(groups):
         kernel, units = compiled("loops_flat", f"moves_flat_{size}"), len(x) * len(groups)
     elif step > 1 and size < 8:
@@ -174,7 +173,7 @@ def _asking(
 
 def _is_near(dtype: torch.dtype, step: int, down: Axis, across: Axis) -> bool:
     """Whether the loops of `are_near` serve these numbers, too."""
-    small = down.size * across.size * step < _MOST
+    small = down.size * across.size * step < MOST_NUMBERS
     return small and dtype != torch.float64 and are_near(down, across)
 
 

@@ -118,11 +118,11 @@ def load_numbers(
     """Numbers at an address as float32; those of lanes out of the mask are `rest`."""
     if kind.dtype == types.float32:
         return load(builder, address, 0, mask, rest=rest)
-    raw = load(builder, address, 0, mask, kind=_SHORTS)
+    bits = load(builder, address, 0, mask, kind=_SHORTS)
     if kind.dtype == types.int16:
-        made = builder.fpext(builder.bitcast(raw, _HALVES), VECTOR)
+        made = builder.fpext(builder.bitcast(bits, _HALVES), VECTOR)
     else:
-        upper = builder.shl(builder.zext(raw, _INTEGERS), ir.Constant(_INTEGERS, [16] * LANES))
+        upper = builder.shl(builder.zext(bits, _INTEGERS), ir.Constant(_INTEGERS, [16] * LANES))
         made = builder.bitcast(upper, VECTOR)
     if mask is None or rest == 0:
         return made

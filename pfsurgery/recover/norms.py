@@ -124,9 +124,9 @@ def reestimate(
     for name, pool in reached.items():
         mean, variance = _buffers(norms[name])[:2]
         mean.copy_(torch.as_tensor(pool.mean))
-        found_variance = (torch.as_tensor(pool.squares) / (pool.count - 1)).to(variance)
-        varies = found_variance > _STILL * norms[name].eps
-        variance.copy_(torch.where(varies, found_variance, variance))
+        estimate = (torch.as_tensor(pool.squares) / (pool.count - 1)).to(variance)
+        varies = estimate > _STILL * norms[name].eps
+        variance.copy_(torch.where(varies, estimate, variance))
     return len(reached)
 
 
