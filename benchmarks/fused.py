@@ -1,6 +1,7 @@
 """Bottlenecks in one kernel against the convolution that they stand in for, one site at a time.
 
     python benchmarks/fused.py
+    python benchmarks/fused.py --dtype bfloat16 --layout NHWC
 
 Sites of ResNet-50 and of the basic-block network of `recovery.py`, in four forms, at batch 8 and
 128, in both layouts: the dense 3x3 (oneDNN), the bottleneck in one kernel with packed weights, as
@@ -53,16 +54,18 @@ def forms(channels: int) -> dict[str, Structure]:
     }
 
 
-def site(channels: int, size: int, batch: int, layout: str, seconds: float) -> dict[str, object]:
+def site(
+    channels: int, size: int, batch: int, layout: str, dtype: torch.dtype, seconds: float
+) -> dict[str, object]:
     """Times of one site."""
     geometry = Geometry(channels, channels, (3, 3), padding=(1, 1))
     memory_format = LAYOUTS[layout]
-    x = torch.randn(batch, channels, size, size).contiguous(memory_format=memory_format)
-    kernel = torch.randn(channels, channels, 3, 3).contiguous(memory_format=memory_format)
+    x = torch.randn(batch, channels, size, size).to(dtype, memory_format=memory_format)
+    kernel = torch.randn(channels, channels, 3, 3).to(dtype, memory_format=memory_format)
     calls: dict[str, Callable[[], object]] = {DENSE: lambda: F.conv2d(x, kernel, padding=1)}
     macs = {DENSE: 9 * channels * channels}
     for name, structure in forms(channels).items():
-        module = Bottleneck(geometry, structure).eval()
+        module = Bottleneck(geometry, structure).eval().to(dtype)
         module.freeze()
         calls[name] = lambda module=module: module(x)
         calls[f"{name}, stock"] = lambda module=module: stock(module, x)
@@ -116,6 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", nargs="+", type=int, default=[8, 128])
     parser.add_argument("--layout", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each site and layout")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -123,14 +127,14 @@ def main() -> None:
     for batch in args.batch:
         for channels, size in SITES:
             for layout in args.layout:
-                row = site(channels, size, batch, layout, args.seconds)
+                row = site(channels, size, batch, layout, getattr(torch, args.dtype), args.seconds)
                 rows.append(row)
                 found = ", ".join(
                     f"{n} {row['speed'][n]:.2f}x ({row['share'][n]:.0%})" for n in forms(channels)
                 )
                 rate = row["gmacs_per_second"][DENSE]
                 print(f"{channels}x{size} b{batch} {layout}, dense {rate:.0f} GMAC/s: {found}")
-    path = args.results / "fused_cpu_float32.json"
+    path = args.results / f"fused_cpu_{args.dtype}.json"
     result = {"machine": describe("cpu"), "rows": rows}
     path.write_text(json.dumps(result, indent=1) + "\n")
     draw(rows, path.with_suffix(".png"))

@@ -24,13 +24,17 @@ FAST = settings(max_examples=80, deadline=None, suppress_health_check=list(Healt
 ENOUGH = 4096  # numbers with which a kernel is worth its start
 
 
+HAS_TILES = torch.cpu._is_amx_tile_supported()
+needs_tiles = pytest.mark.skipif(not HAS_TILES, reason="the processor has no tiles (Intel AMX)")
+
+
 @st.composite
-def geometries(draw):
+def geometries(draw, inputs):
     kernel = draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
     dilation = draw(st.integers(1, 2))
     padding = tuple(draw(st.integers(0, (k - 1) * dilation // 2)) for k in kernel)
     return Geometry(
-        draw(st.integers(1, 40)),
+        draw(inputs),
         draw(st.integers(1, 90)),
         kernel,
         draw(st.tuples(st.integers(1, 3), st.integers(1, 3))),
@@ -66,9 +70,12 @@ def structures(draw, geometry):
     return Structure(form, reduce, columns, waist, 0.0)
 
 
+ANY = st.integers(1, 40)  # channels
+
+
 @st.composite
-def cases(draw):
-    geometry = draw(geometries())
+def cases(draw, inputs=ANY):
+    geometry = draw(geometries(inputs))
     structure = draw(structures(geometry))
     height, width = draw(st.integers(1, 19)), draw(st.integers(1, 19))
     reach = [(k - 1) * d + 1 for k, d in zip(geometry.kernel_size, geometry.dilation, strict=True)]
@@ -97,9 +104,70 @@ def test_a_fused_bottleneck_is_the_stock_operators(case, seed):
     torch.testing.assert_close(made, wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
-def step_by_step(bottleneck, x):
+@needs_tiles
+@FAST
+@given(cases(st.sampled_from([32, 64, 96])), st.integers(0, 2**31), st.booleans())
+def test_a_fused_bottleneck_in_bfloat16_is_that_in_float32(case, seed, relu):
+    """The stock operators are no measure: oneDNN's strided, dilated ones are wrong in bfloat16."""
+    geometry, structure, x = case
+    assume(x.shape[2:].numel() >= 16)
+    torch.manual_seed(seed)
+    bottleneck = Bottleneck(geometry, structure).bfloat16()
+    bottleneck.relu, x = relu, x.bfloat16()
+    with torch.no_grad():
+        made = bottleneck(x)
+        with disabled():
+            wanted = step_by_step(bottleneck.float(), x.float(), torch.bfloat16)
+            wanted = wanted.relu() if relu else wanted
+    assert made.shape == wanted.shape
+    assert made.dtype == torch.bfloat16
+    if wanted.numel():
+        size = wanted.square().mean().sqrt() + wanted.abs()
+        assert ((made - wanted).abs() <= 0.03 * size + 1e-3).all()
+
+
+@needs_tiles
+def test_a_thin_bottleneck_in_bfloat16_has_the_very_numbers_of_the_stock_operators():
+    torch.manual_seed(0)
+    geometry = Geometry(64, 96, (3, 3), padding=(1, 1))
+    thin = Bottleneck(geometry, Structure("thin", 32, (), 32, 0.0)).bfloat16()
+    x = torch.randn(4, 64, 16, 16).bfloat16().to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        made, text = thin(x), explain(x)
+        with disabled():
+            wanted = thin(x)
+    assert "bottlenecks in one kernel" in text
+    different = (made != wanted).float().mean()
+    assert different < 0.01  # sums in another order
+
+
+@needs_tiles
+def test_tiles_leave_the_other_kernels_theirs():
+    torch.manual_seed(0)
+    geometry = Geometry(64, 64, (3, 3), padding=(1, 1))
+    thin = Bottleneck(geometry, Structure("thin", 16, (), 16, 0.0)).bfloat16()
+    dense = torch.nn.Conv2d(64, 64, 3, padding=1).bfloat16()
+    x = torch.randn(4, 64, 16, 16).bfloat16().to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        wanted = dense(x)
+        for _ in range(3):
+            thin(x)
+            assert torch.equal(dense(x), wanted)
+
+
+@needs_tiles
+def test_packed_weights_follow_the_kind_of_numbers(bottleneck):
+    moved = copy.deepcopy(bottleneck)
+    moved.freeze()
+    with torch.no_grad():
+        for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
+            wanted = stock(bottleneck, X).to(dtype)
+            torch.testing.assert_close(moved.to(dtype)(X.to(dtype)), wanted, rtol=2e-2, atol=2e-2)
+
+
+def step_by_step(bottleneck, x, rounded=None):
     for step in (bottleneck.reduce, bottleneck.columns, bottleneck.waist, bottleneck.expand):
-        x = x if step is None else step(x)
+        x = x if step is None else step(x).to(rounded or x.dtype).to(x.dtype)
     return x
 
 
@@ -299,6 +367,7 @@ def test_explain_says_that_bottlenecks_are_fused():
     x = torch.randn(2, 32, 12, 12)
     assert "bottlenecks in one kernel" in explain(x)
     assert "bottlenecks in one kernel" not in explain(x.double())
+    assert ("bottlenecks in one kernel" in explain(x.bfloat16())) == HAS_TILES
 
 
 def test_an_optimized_copy_keeps_its_packed_weights():

@@ -1,6 +1,7 @@
-"""What `loops_bottleneck` is told, and where: shared with `fused`, which must not import Numba.
+"""What the loops of bottlenecks are told, and where: shared with modules that import no Numba.
 
-Numba's cache on disk does not notice a change here: who makes one changes `loops_bottleneck` too.
+Numba's cache on disk does not notice a change here: who makes one touches `loops_bottleneck` and
+`loops_bottleneck_tiles` too.
 """
 
 # Places in the block of 64-bit integers that the entry point reads its arguments from. The first
@@ -14,7 +15,10 @@ TARGET_ROWS, TARGET_COLUMNS, OUTPUTS = range(27, 30)
 STRIDE, TOP, LEFT, HELD_ROWS, HELD_COLUMNS, WIDTH, FILL = range(30, 37)
 REDUCED, COUNT, WAIST, WAIST_WIDTH = range(37, 41)
 WAIST_SCRATCH, POOL_COUNT, POOL_SCRATCH = range(41, 44)
-ARGUMENTS = 44
+# Of the kernel on tiles alone.
+SUMS_SCRATCH, SHAPE_SCRATCH, COLUMN_STEP = range(44, 47)
+TILES, WAIST_STARTS, WAIST_TILES = range(47, 50)
+ARGUMENTS = 50
 IN_PLACE, COPY, REDUCTION = range(3)
 # Places in the row of integers that describes a pooled run of columns.
 MAXIMUM, FIRST_ROW, FIRST_COLUMN, POOL_HEIGHT, POOL_WIDTH = range(5)

@@ -56,9 +56,9 @@ def why_unfused(x: Tensor) -> str | None:
     """Why a bottleneck runs as several stock operators; None where one kernel runs it whole."""
     if (reason := why_stock(x)) is not None:
         return reason
-    if x.device.type != "cpu" or x.dtype != torch.float32:
-        return f"no fused kernel computes in {str(x.dtype).removeprefix('torch.')} on {x.device}"
-    return None
+    if x.is_cpu and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _has_tiles())):
+        return None
+    return f"no fused kernel computes in {str(x.dtype).removeprefix('torch.')} on this {x.device}"
 
 
 def explain(x: Tensor) -> str:
@@ -115,6 +115,12 @@ def _why_unfit(x: Tensor) -> str | None:
             return f"no GPU kernel computes in {str(x.dtype).removeprefix('torch.')}"
         return _why_missing("triton")
     return f"there is no kernel for {x.device.type}"
+
+
+@lru_cache
+def _has_tiles() -> bool:
+    """Whether the processor multiplies tiles of bfloat16 (Intel AMX), once the system lets it."""
+    return torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
 
 
 @lru_cache

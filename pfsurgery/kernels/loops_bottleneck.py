@@ -58,64 +58,69 @@ def fill(p, source, held, first):
             here += width * whole * 4
 
 
-@njit
-def pool(p, q, source, held, first, scratch):
-    """One pooled run of a block: across each row, then down, then behind its pixel.
+def pools(size, read, write):
+    """Pooled runs of numbers of `size` bytes; `read` makes float32 of them, `write` reverses it."""
 
-    The channels of a run are packed side by side with the padding around, so that every pass goes
-    over a whole row at once; where columns are strided, those between are computed in vain.
-    """
-    pooled, size = q[at.POOLED], p[at.HELD_COLUMNS] * q[at.POOLED]
-    length = ((p[at.TARGET_COLUMNS] - 1) * q[at.COLUMN_STRIDE] + 1) * pooled
-    packed, column, lines = scratch, scratch + size * 8, scratch + size * 12
-    shares = line(scratch + size * 4, size, np.float32)
-    line(packed, size, np.float32)[:] = _NONE if q[at.MAXIMUM] else np.float32(0)
-    for x in range(length // pooled):
-        seen = inside(x - p[at.LEFT] + q[at.FIRST_COLUMN], q[at.POOL_WIDTH], p[at.COLUMNS])
-        shares[x * pooled : (x + 1) * pooled] = np.float32(1) / np.float32(max(1, seen))
-    for r in range(max(0, -first), min(p[at.HELD_ROWS], p[at.ROWS] - first)):
-        row = source + (first + r) * p[at.COLUMNS] * p[at.CHANNELS] * 4
-        pack(p, q, row, packed)
-        made = lines + r * size * 4
-        for k in range(q[at.POOL_WIDTH]):
-            combine(made, packed + (q[at.FIRST_COLUMN] + k) * pooled * 4, length, k, q[at.MAXIMUM])
-        if not q[at.MAXIMUM]:
-            across = line(made, length, np.float32)
-            for i in range(length):
-                across[i] *= shares[i]
-    for o in range(p[at.BLOCK_ROWS]):
-        top = o * p[at.STRIDE] + q[at.FIRST_ROW]
-        seen = 0
-        for r in range(top, top + q[at.POOL_HEIGHT]):
-            if 0 <= first + r < p[at.ROWS]:
-                combine(column, lines + r * size * 4, length, seen, q[at.MAXIMUM])
-                seen += 1
-        share = np.float32(1) if q[at.MAXIMUM] else np.float32(1) / np.float32(max(1, seen))
-        place = held + (o * p[at.STRIDE] * p[at.HELD_COLUMNS] * p[at.WIDTH] + q[at.PLACE]) * 4
-        step = q[at.COLUMN_STRIDE]
-        for x in range(p[at.TARGET_COLUMNS]):
-            made = line(place + x * step * p[at.WIDTH] * 4, pooled, np.float32)
-            down = line(column + x * step * pooled * 4, pooled, np.float32)
-            for c in range(pooled):
-                made[c] = down[c] * share
+    @njit
+    def pack(p, q, source, packed):
+        """A run's channels of one row of the image, side by side behind the padding on the left."""
+        pooled, channels = q[at.POOLED], line(p[at.LISTS] + q[at.LIST] * 8, q[at.POOLED], np.uint64)
+        first, neighbours = np.int64(channels[0]), channels[pooled - 1] - channels[0] == pooled - 1
+        for x in range(p[at.COLUMNS]):
+            made = line(packed + (p[at.LEFT] + x) * pooled * 4, pooled, np.float32)
+            pixel = source + x * p[at.CHANNELS] * size
+            if neighbours:
+                for c in range(pooled):
+                    made[c] = read(pixel, first + c)
+            else:
+                for c in range(pooled):
+                    made[c] = read(pixel, channels[c])
 
+    @njit
+    def pool(p, q, source, held, first, scratch):
+        """One pooled run of a block: across each row, then down, then behind its pixel.
 
-@njit
-def pack(p, q, source, packed):
-    """A run's channels of one row of the image, side by side behind the padding on the left."""
-    pooled, channels = q[at.POOLED], line(p[at.LISTS] + q[at.LIST] * 8, q[at.POOLED], np.uint64)
-    first, neighbours = channels[0], channels[pooled - 1] - channels[0] == pooled - 1
-    for x in range(p[at.COLUMNS]):
-        made = line(packed + (p[at.LEFT] + x) * pooled * 4, pooled, np.float32)
-        pixel = source + x * p[at.CHANNELS] * 4
-        if neighbours:
-            read = line(pixel + np.int64(first) * 4, pooled, np.float32)
-            for c in range(pooled):
-                made[c] = read[c]
-        else:
-            read = line(pixel, p[at.CHANNELS], np.float32)
-            for c in range(pooled):
-                made[c] = read[channels[c]]
+        The channels of a run are packed side by side with the padding around, so that every pass
+        goes over a whole row at once; where columns are strided, those between are computed in
+        vain.
+        """
+        pooled, width = q[at.POOLED], p[at.HELD_COLUMNS] * q[at.POOLED]
+        length = ((p[at.TARGET_COLUMNS] - 1) * q[at.COLUMN_STRIDE] + 1) * pooled
+        packed, column, lines = scratch, scratch + width * 8, scratch + width * 12
+        shares = line(scratch + width * 4, width, np.float32)
+        line(packed, width, np.float32)[:] = _NONE if q[at.MAXIMUM] else np.float32(0)
+        for x in range(length // pooled):
+            seen = inside(x - p[at.LEFT] + q[at.FIRST_COLUMN], q[at.POOL_WIDTH], p[at.COLUMNS])
+            shares[x * pooled : (x + 1) * pooled] = np.float32(1) / np.float32(max(1, seen))
+        for r in range(max(0, -first), min(p[at.HELD_ROWS], p[at.ROWS] - first)):
+            row = source + (first + r) * p[at.COLUMNS] * p[at.CHANNELS] * size
+            pack(p, q, row, packed)
+            made = lines + r * width * 4
+            for k in range(q[at.POOL_WIDTH]):
+                combine(
+                    made, packed + (q[at.FIRST_COLUMN] + k) * pooled * 4, length, k, q[at.MAXIMUM]
+                )
+            if not q[at.MAXIMUM]:
+                across = line(made, length, np.float32)
+                for i in range(length):
+                    across[i] *= shares[i]
+        for o in range(p[at.BLOCK_ROWS]):
+            top = o * p[at.STRIDE] + q[at.FIRST_ROW]
+            seen = 0
+            for r in range(top, top + q[at.POOL_HEIGHT]):
+                if 0 <= first + r < p[at.ROWS]:
+                    combine(column, lines + r * width * 4, length, seen, q[at.MAXIMUM])
+                    seen += 1
+            share = np.float32(1) if q[at.MAXIMUM] else np.float32(1) / np.float32(max(1, seen))
+            place = (
+                held + (o * p[at.STRIDE] * p[at.HELD_COLUMNS] * p[at.WIDTH] + q[at.PLACE]) * size
+            )
+            step = q[at.COLUMN_STRIDE]
+            for x in range(p[at.TARGET_COLUMNS]):
+                down = column + x * step * pooled * 4
+                write(place + x * step * p[at.WIDTH] * size, down, pooled, share)
+
+    return pool
 
 
 @njit
@@ -141,6 +146,21 @@ def inside(start, count, size):
 
 
 @njit
+def number(pixel, place):
+    return line(pixel, place + 1, np.float32)[place]
+
+
+@njit
+def numbers(target, source, count, share):
+    made, read = line(target, count, np.float32), line(source, count, np.float32)
+    for c in range(count):
+        made[c] = read[c] * share
+
+
+pool = pools(4, number, numbers)
+
+
+@njit
 def block(p, source, target, first_output, scratch):
     first = first_output * p[at.STRIDE] - p[at.TOP]
     if p[at.FILL] == at.IN_PLACE:
@@ -148,8 +168,8 @@ def block(p, source, target, first_output, scratch):
     else:
         held = scratch
         fill(p, source, held, first)
-    for number in range(p[at.POOL_COUNT]):
-        q = line(p[at.POOLS] + number * at.POOL * 8, at.POOL, np.int64)
+    for run in range(p[at.POOL_COUNT]):
+        q = line(p[at.POOLS] + run * at.POOL * 8, at.POOL, np.int64)
         pool(p, q, source, held, first, scratch + p[at.POOL_SCRATCH])
     positions = p[at.BLOCK_ROWS] * p[at.TARGET_COLUMNS]
     low = np.float32(0) if p[at.RELU] else _NONE

@@ -20,18 +20,19 @@ _blocks: list[NDArray[np.float32]] = []
 _lock = Lock()
 
 
-def output(images: int, channels: int, rows: int, columns: int) -> Tensor:
-    """An uninitialised float32 tensor (N, C, H, W), channels last.
+def output(size: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor (N, C, H, W), channels last.
 
     Its memory was another such tensor's, if one of about the size is no longer held by anybody: a
     block has as many references as tensors, views and graphs that need it.
     """
+    images, channels, rows, columns = size
     numbers = images * channels * rows * columns
-    if numbers * 4 < _LEAST or numbers * 4 > _MOST:
-        size = (images, channels, rows, columns)
-        return torch.empty(size, dtype=torch.float32, memory_format=torch.channels_last)
+    bytes_ = numbers * dtype.itemsize
+    if bytes_ < _LEAST or bytes_ > _MOST:
+        return torch.empty(size, dtype=dtype, memory_format=torch.channels_last)
     with _lock:
-        flat = torch.from_numpy(_block(numbers)[:numbers])
+        flat = torch.from_numpy(_block(-(-bytes_ // 4))).view(dtype)[:numbers]
     return flat.view(images, rows, columns, channels).permute(0, 3, 1, 2)
 
 

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from pfsurgery.errors import UnsupportedSiteError
 from pfsurgery.kernels import choice
-from pfsurgery.kernels.fused import Fused, Weights, pack_weights
+from pfsurgery.kernels.fused import Fused
+from pfsurgery.kernels.fused_layout import Weights
 from pfsurgery.modules import is_watched
 from pfsurgery.ops.base import Op, Support, register_op
 from pfsurgery.ops.columns import Columns
@@ -54,8 +55,6 @@ class Bottleneck(nn.Module):
         last = structure.waist or structure.columns
         self.expand = nn.Conv2d(last, outputs, 1)
         self.relu = False
-        pooled = any(run.kind != "tap" for run in structure.runs)
-        self._has_kernel = not (structure.reduce and pooled)  # which pools what it is given
         self._kernel = Fused(geometry, structure)
         self._frozen: Weights | None = None
 
@@ -141,9 +140,9 @@ class Bottleneck(nn.Module):
 
     def _is_fused(self, x: Tensor) -> bool:
         return (
-            self._has_kernel
-            and not self._is_tracked(x)
+            not self._is_tracked(x)
             and choice.why_unfused(x) is None
+            and self._kernel.computes(x)
             and self._is_plain()
             and self._goes_with(x)
         )
@@ -172,7 +171,7 @@ class Bottleneck(nn.Module):
         expand = None if self.waist is None else _matrix(self.expand)
         reduce = None if self.reduce is None else _matrix(self.reduce)
         assert self.expand.bias is not None
-        return pack_weights(reduce, _matrix(middle), expand, self.expand.bias.detach())
+        return self._kernel.pack(reduce, _matrix(middle), expand, self.expand.bias.detach())
 
 
 @lru_cache

@@ -1,0 +1,226 @@
+"""What the kernel of a bottleneck is given: packed weights, tables, how images lie in memory."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pfsurgery.errors import ShapeError
+from pfsurgery.kernels import bottleneck_arguments as at
+from pfsurgery.sites import Geometry
+from pfsurgery.structure import Structure
+
+_BLOCK = 65536  # numbers of scratch memory for one block: a part of the second-level cache
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A bottleneck's weights, packed in the order in which the kernel reads them.
+
+    Attributes:
+        reduce: Of the reduction, None without one.
+        middle: Of the first product behind the columns or taps.
+        expand: Of the second product, None without a waist.
+        bias: (C_out,) and zeros to whole vectors.
+        zeros: As many zeros as any product has outputs.
+    """
+
+    reduce: Tensor | None
+    middle: Tensor
+    expand: Tensor | None
+    bias: Tensor
+    zeros: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What the kernel is told of one bottleneck for images of one size.
+
+    Attributes:
+        arguments: The kernel's arguments; those that change from call to call are 0.
+        tables: Tensors whose addresses are among the arguments.
+        shape: Channels, rows and columns of an output.
+        blocks: Blocks of an image.
+        scratch: Numbers of scratch memory for one thread.
+    """
+
+    arguments: bytes
+    tables: tuple[Tensor, ...]
+    shape: tuple[int, int, int]
+    blocks: int
+    scratch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How a bottleneck's images lie in memory.
+
+    Attributes:
+        top: Rows of padding above.
+        left: Columns of padding on the left.
+        rows: Rows of an output.
+        columns: Columns of an output.
+        held_columns: Columns of what the middle reads, with the padding.
+        reach: Rows that one row of outputs reads.
+        stride: Rows from one output to the next.
+        inputs: Numbers of a pixel of what the middle reads, without pooled ones.
+        width: With pooled ones behind them.
+        waist: Numbers of a pixel between the products, in whole vectors.
+        pooled: Channels of the widest pooled run.
+        fill: Where what the middle reads comes from.
+    """
+
+    top: int
+    left: int
+    rows: int
+    columns: int
+    held_columns: int
+    reach: int
+    stride: int
+    inputs: int
+    width: int
+    waist: int
+    pooled: int
+    fill: int
+
+    def held_rows(self, block: int) -> int:
+        """Rows that `block` rows of outputs read."""
+        return (block - 1) * self.stride + self.reach
+
+    def block(self, shares: int) -> int:
+        """Rows of outputs in a block: an image has `shares` of them or more."""
+        block = -(-self.rows // shares)
+        while block > 1 and sum(self.scratch(block)) > _BLOCK:
+            block = -(-block // 2)
+        return block
+
+    def scratch(self, block: int) -> tuple[int, int, int]:
+        """Numbers of scratch memory: what is held, the waist, the rows of a pool."""
+        rows = self.held_rows(block)
+        held = 0 if self.fill == at.IN_PLACE else rows * self.held_columns * self.width
+        return (
+            held,
+            block * self.columns * self.waist,
+            self.pooled * self.held_columns * (rows + 3),
+        )
+
+
+def measured(geometry: Geometry, structure: Structure, rows: int, columns: int, unit: int) -> Sizes:
+    """How images of `rows` x `columns` lie; widths are rounded up to multiples of `unit`.
+
+    Raises:
+        ShapeError: The image is smaller than the window.
+    """
+    (top, bottom), (left, right) = geometry.pads((rows, columns))
+    reach = [(k - 1) * d + 1 for k, d in zip(geometry.kernel_size, geometry.dilation, strict=True)]
+    padded = rows + top + bottom, columns + left + right
+    if padded[0] < reach[0] or padded[1] < reach[1]:
+        raise ShapeError(
+            f"An input of {rows} x {columns} pixels is smaller than the window of {geometry}."
+        )
+    made = geometry.output_size((rows, columns))
+    pooled = [len(run.channels) for run in structure.runs if run.kind != "tap"]
+    if structure.reduce:
+        fill = at.REDUCTION
+    else:
+        fill = at.COPY if pooled or padded != (rows, columns) else at.IN_PLACE
+    inputs = rounded(structure.reduce, unit) if structure.reduce else geometry.in_channels
+    return Sizes(
+        top=top,
+        left=left,
+        rows=made[0],
+        columns=made[1],
+        held_columns=padded[1],
+        reach=reach[0],
+        stride=geometry.stride[0],
+        inputs=inputs,
+        width=inputs + sum(pooled),
+        waist=rounded(structure.waist or 0, unit),
+        pooled=max(pooled, default=0),
+        fill=fill,
+    )
+
+
+def columns_read(
+    geometry: Geometry, structure: Structure, inputs: int
+) -> list[tuple[tuple[int, int], Sequence[int]]]:
+    """Which numbers of which pixel of the window the columns are, in their order.
+
+    Args:
+        geometry: Of the site.
+        structure: Of the bottleneck.
+        inputs: Numbers of a pixel; the pooled ones lie behind these.
+    """
+    if structure.dense:
+        channels = range(structure.reduce or geometry.in_channels)
+        height, width = geometry.kernel_size
+        return [((row, column), channels) for row in range(height) for column in range(width)]
+    read: list[tuple[tuple[int, int], Sequence[int]]] = []
+    for run in structure.runs:
+        if run.kind == "tap":
+            read.append(((run.top, run.left), run.channels))
+        else:
+            read.append(((0, 0), range(inputs, inputs + len(run.channels))))
+            inputs += len(run.channels)
+    return read
+
+
+def pool_tables(geometry: Geometry, structure: Structure, inputs: int) -> dict[int, Tensor]:
+    """The pooled runs, each from `at.MAXIMUM` to `at.PLACE`, and their channels."""
+    pools: list[list[int]] = []
+    lists: list[int] = []
+    for run in structure.runs:
+        if run.kind == "tap":
+            continue
+        window = [int(run.kind == "maximum"), run.top, run.left, run.height, run.width]
+        pools.append([*window, geometry.stride[1], len(run.channels), len(lists), inputs])
+        lists += run.channels
+        inputs += len(run.channels)
+    return {at.POOLS: torch.tensor(pools), at.LISTS: torch.tensor(lists)}
+
+
+def program(
+    arguments: Mapping[int, int],
+    tables: Mapping[int, Tensor],
+    shape: tuple[int, int, int],
+    blocks: int,
+    scratch: int,
+) -> Program:
+    """A program of some arguments and of the addresses of some tables."""
+    given = (ctypes.c_int64 * at.ARGUMENTS)()
+    for place, value in arguments.items():
+        given[place] = value
+    for place, table in tables.items():
+        given[place] = table.data_ptr()
+    return Program(bytes(given), tuple(tables.values()), shape, blocks, scratch)
+
+
+def common(geometry: Geometry, sizes: Sizes, block: int, image: tuple[int, int]) -> dict[int, int]:
+    """The arguments that all kernels read, for images of `image` pixels in blocks of rows."""
+    return {
+        at.BLOCKS: -(-sizes.rows // block),
+        at.BLOCK_ROWS: block,
+        at.ROWS: image[0],
+        at.COLUMNS: image[1],
+        at.CHANNELS: geometry.in_channels,
+        at.TARGET_ROWS: sizes.rows,
+        at.TARGET_COLUMNS: sizes.columns,
+        at.OUTPUTS: geometry.out_channels,
+        at.STRIDE: sizes.stride,
+        at.TOP: sizes.top,
+        at.LEFT: sizes.left,
+        at.HELD_ROWS: sizes.held_rows(block),
+        at.HELD_COLUMNS: sizes.held_columns,
+        at.WIDTH: sizes.width,
+        at.WAIST_WIDTH: sizes.waist,
+        at.FILL: sizes.fill,
+    }
+
+
+def rounded(numbers: int, unit: int) -> int:
+    """`numbers`, rounded up to a multiple of `unit`."""
+    return -(-numbers // unit) * unit

@@ -1,0 +1,196 @@
+"""Bottlenecks in bfloat16: what `loops_bottleneck_tiles` needs, as tables and packed weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pfsurgery.kernels import bottleneck_arguments as at
+from pfsurgery.kernels.fused_layout import (
+    Program,
+    Sizes,
+    Weights,
+    columns_read,
+    common,
+    measured,
+    pool_tables,
+    program,
+    rounded,
+)
+from pfsurgery.sites import Geometry
+from pfsurgery.structure import Structure
+
+DEPTH = 32  # numbers of a position that a tile holds
+ROWS = 16  # positions of a tile
+_PANEL = 32  # outputs that are computed together
+_SIZE = 2  # bytes of a number
+_SUMS = 4 * ROWS * ROWS * 2  # numbers of scratch memory for four tiles of float32
+_SHAPE = 32  # numbers of scratch memory for a shape of the tiles
+_NOWHERE = -1  # instead of the place of a result that nobody wants
+
+
+def pack_tiles(
+    geometry: Geometry,
+    structure: Structure,
+    reduce: Tensor | None,
+    middle: Tensor,
+    expand: Tensor | None,
+    bias: Tensor,
+) -> Weights:
+    """Packs bfloat16 matrices (inputs, outputs) and the bias (C_out,) of the last product."""
+    inputs = rounded(structure.reduce or geometry.in_channels, DEPTH)
+    rows = torch.tensor([chunk.rows for chunk in _chunks(geometry, structure, inputs)])
+    widths = [m.shape[1] for m in (reduce, middle, expand) if m is not None]
+    return Weights(
+        reduce=None if reduce is None else _pack(reduce, _in_order(reduce)),
+        middle=_pack(middle, rows),
+        expand=None if expand is None else _pack(expand, _in_order(expand)),
+        bias=F.pad(bias.float(), (0, rounded(len(bias), _PANEL) - len(bias))),
+        zeros=torch.zeros(rounded(max(widths), _PANEL)),
+    )
+
+
+def _in_order(matrix: Tensor) -> Tensor:
+    """(chunks, 32) rows of a matrix one after the other, and `_NOWHERE` behind the last."""
+    count = len(matrix)
+    rows = F.pad(torch.arange(count), (0, rounded(count, DEPTH) - count), value=_NOWHERE)
+    return rows.view(-1, DEPTH)
+
+
+def _pack(matrix: Tensor, rows: Tensor) -> Tensor:
+    """Panels of 32 outputs, each with its chunks, each of two tiles of pairs of inputs.
+
+    Args:
+        matrix: Of the product (inputs, outputs).
+        rows: (chunks, 32), which input each number of a chunk is; `_NOWHERE` for none.
+    """
+    outputs = matrix.shape[1]
+    padded = F.pad(matrix, (0, rounded(outputs, _PANEL) - outputs, 0, 1))  # row -1 is of zeros
+    tiles = padded[rows].view(len(rows), ROWS, 2, -1, 2, ROWS)
+    return tiles.permute(3, 0, 4, 1, 5, 2).contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """32 channels side by side, seen through one tap.
+
+    Attributes:
+        tap: Row and column of the pixel in the window.
+        channel: The first channel.
+        rows: Which input of the product each one is, `_NOWHERE` for none.
+    """
+
+    tap: tuple[int, int]
+    channel: int
+    rows: list[int]
+
+
+def _chunks(geometry: Geometry, structure: Structure, inputs: int) -> list[_Chunk]:
+    """Chunks that together hold every column once; a pixel has `inputs` numbers and pooled ones."""
+    width = _width(structure, inputs)
+    chunks, seen = [], 0
+    for tap, channels in columns_read(geometry, structure, inputs):
+        waiting = sorted(zip(channels, range(seen, seen + len(channels)), strict=True))
+        seen += len(channels)
+        while waiting:
+            first, rows, later = min(waiting[0][0], width - DEPTH), [_NOWHERE] * DEPTH, []
+            for channel, column in waiting:
+                if channel < first + DEPTH and rows[channel - first] == _NOWHERE:
+                    rows[channel - first] = column
+                else:
+                    later.append((channel, column))
+            chunks.append(_Chunk(tap, first, rows))
+            waiting = later
+    return chunks
+
+
+def _width(structure: Structure, inputs: int) -> int:
+    """Numbers of a pixel of `inputs` and pooled ones, in whole chunks."""
+    return inputs + rounded(sum(len(r.channels) for r in structure.runs if r.kind != "tap"), DEPTH)
+
+
+def tile_program(
+    geometry: Geometry, structure: Structure, rows: int, columns: int, shares: int
+) -> Program:
+    """The program for images of `rows` x `columns`, each cut into `shares` blocks or more."""
+    sizes = measured(geometry, structure, rows, columns, DEPTH)
+    sizes = replace(sizes, width=_width(structure, sizes.inputs))
+    if sizes.fill == at.IN_PLACE:
+        sizes = replace(sizes, fill=at.COPY)  # a tile may reach behind the last pixel
+    block, step = sizes.block(shares), geometry.stride[1] * sizes.width
+    held, waist, pools = sizes.scratch(block)
+    held, waist, pools = held + ROWS * step, waist + ROWS * sizes.waist, 2 * pools
+    scratch = held + waist + _SUMS + 2 * _SHAPE + pools
+    tables = _tables(geometry, structure, sizes, block, (rows, columns))
+    arguments = common(geometry, sizes, block, (rows, columns)) | {
+        at.SCRATCH_SIZE: scratch * _SIZE,
+        at.COUNT: len(tables[at.TABLE]),
+        at.WAIST: structure.waist or 0,
+        at.WAIST_SCRATCH: held * _SIZE,
+        at.SUMS_SCRATCH: (held + waist) * _SIZE,
+        at.SHAPE_SCRATCH: (held + waist + _SUMS) * _SIZE,
+        at.POOL_COUNT: len(tables[at.POOLS]),
+        at.POOL_SCRATCH: (held + waist + _SUMS + 2 * _SHAPE) * _SIZE,
+        at.TILES: len(tables[at.POSITIONS]),
+        at.WAIST_TILES: len(tables[at.WAIST_STARTS]),
+        at.COLUMN_STEP: step * _SIZE,
+    }
+    shape = (geometry.out_channels, sizes.rows, sizes.columns)
+    return program(arguments, tables, shape, arguments[at.BLOCKS], scratch)
+
+
+def _tables(
+    geometry: Geometry, structure: Structure, sizes: Sizes, block: int, image: tuple[int, int]
+) -> dict[int, Tensor]:
+    """The tables by their places among the arguments; offsets are in bytes."""
+    pixels, made = image[0] * image[1], block * sizes.columns
+    firsts = (torch.arange(-(-pixels // ROWS)) * ROWS).clamp(max=pixels - ROWS)
+    held = (firsts[:, None] + torch.arange(ROWS)).flatten()
+    held = held // image[1] * sizes.held_columns + held % image[1] + sizes.left
+    starts, results = _lattice(geometry, sizes, block)
+    places = torch.arange(rounded(made, ROWS))
+    places[made:] = _NOWHERE
+    outputs = geometry.out_channels
+    chunks = _chunks(geometry, structure, sizes.inputs)
+    (down, across), columns = geometry.dilation, sizes.held_columns
+    taps = [c.tap[0] * down * columns + c.tap[1] * across for c in chunks]
+    read = [tap * sizes.width + c.channel for tap, c in zip(taps, chunks, strict=True)]
+    return {
+        at.PIXELS: firsts * geometry.in_channels * _SIZE,
+        at.HELD_PIXELS: held * sizes.width * _SIZE,
+        at.POSITIONS: starts * sizes.width * _SIZE,
+        at.WAIST_PIXELS: _bytes(results, sizes.waist),
+        at.WAIST_STARTS: torch.arange(0, made, ROWS) * sizes.waist * _SIZE,
+        at.TARGET_PIXELS: _bytes(places if structure.waist else results, outputs),
+        at.RAMP: torch.arange(0, max(geometry.in_channels, sizes.waist), DEPTH) * _SIZE,
+        at.TABLE: torch.tensor(read) * _SIZE,
+        **pool_tables(geometry, structure, sizes.inputs),
+    }
+
+
+def _lattice(geometry: Geometry, sizes: Sizes, block: int) -> tuple[Tensor, Tensor]:
+    """Tiles over the outputs of a block: pixels that they start at, and their rows' outputs.
+
+    The positions of a tile are one column's stride apart, so that a tile that reaches behind the
+    end of a row goes on in the next where the strides fit, some rows of it unwanted in between.
+    """
+    down, across = geometry.stride
+    wanted = {
+        row * down * sizes.held_columns + column * across: row * sizes.columns + column
+        for row in range(block)
+        for column in range(sizes.columns)
+    }
+    starts, results = [], []
+    while wanted:
+        start = next(iter(wanted))
+        starts.append(start)
+        results += [wanted.pop(start + i * across, _NOWHERE) for i in range(ROWS)]
+    return torch.tensor(starts), torch.tensor(results)
+
+
+def _bytes(numbers: Tensor, width: int) -> Tensor:
+    """Offsets of pixels of `width` numbers, those of `_NOWHERE` still negative."""
+    return torch.where(numbers < 0, numbers, numbers * width * _SIZE)

@@ -1,0 +1,143 @@
+"""A whole bottleneck in bfloat16, as `loops_bottleneck` does it, on the processor's tiles."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from pfsurgery.kernels import bottleneck_arguments as at
+from pfsurgery.kernels.loops_base import address, line, take
+from pfsurgery.kernels.loops_bottleneck import pools
+from pfsurgery.kernels.loops_tiles import ROWS, configure, product, restore
+
+_LOW = np.float32(-np.inf)
+_MOST = np.int64(1) << 62
+_TILES = 8
+_SHAPE = 64  # bytes that describe the tiles
+
+
+@njit
+def clear(target, numbers):
+    line(target, numbers, np.uint16)[:] = 0
+
+
+@njit
+def fill(p, source, held, first, sums):
+    """What one block reads: rows from `first` on, those outside of the image zero."""
+    begin, end = max(first, 0), min(first + p[at.HELD_ROWS], p[at.ROWS])
+    row = p[at.HELD_COLUMNS] * p[at.WIDTH]
+    if begin > first:
+        clear(held, (begin - first) * row)
+    if end < first + p[at.HELD_ROWS]:
+        clear(held + (end - first) * row * 2, (first + p[at.HELD_ROWS] - end) * row)
+    if begin >= end:
+        return
+    if p[at.FILL] == at.REDUCTION:
+        least, most = begin * row * 2, end * row * 2
+        until = (end * p[at.COLUMNS] + ROWS - 1) // ROWS
+        product(
+            source, p[at.PIXELS], begin * p[at.COLUMNS] // ROWS, until, p[at.CHANNELS] * 2,
+            held - first * row * 2, p[at.HELD_PIXELS], least, most,
+            p[at.RAMP], p[at.CHANNELS] // 32, p[at.REDUCE], p[at.ZEROS], p[at.WIDTH], _LOW, sums,
+        )  # fmt: skip
+        return
+    channels, width = p[at.CHANNELS], p[at.WIDTH]
+    whole = p[at.COLUMNS] if channels == width else 1  # pixels that lie side by side on both sides
+    count = channels * whole
+    source += begin * p[at.COLUMNS] * channels * 2
+    for y in range(end - begin):
+        here = held + ((begin - first + y) * row + p[at.LEFT] * width) * 2
+        for _ in range(0, p[at.COLUMNS], whole):
+            made, read = line(here, count, np.uint16), line(source, count, np.uint16)
+            for c in range(count):
+                made[c] = read[c]
+            source += count * 2
+            here += width * whole * 2
+
+
+@njit
+def number(pixel, place):
+    bits = np.uint32(line(pixel, place + 1, np.uint16)[place]) << np.uint32(16)
+    return np.uint32(bits).view(np.float32)
+
+
+@njit
+def numbers(target, source, count, share):
+    made, read = line(target, count, np.uint16), line(source, count, np.float32)
+    for c in range(count):
+        value = np.float32(read[c] * share)
+        bits = value.view(np.uint32)
+        even = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+        rounded = np.uint16((bits + even) >> np.uint32(16))
+        made[c] = rounded if value == value else np.uint16(0x7FC0)
+
+
+pool = pools(2, number, numbers)
+
+
+@njit
+def block(p, source, target, first_output, scratch):
+    sums = scratch + p[at.SUMS_SCRATCH]
+    first = first_output * p[at.STRIDE] - p[at.TOP]
+    fill(p, source, scratch, first, sums)
+    for run in range(p[at.POOL_COUNT]):
+        q = line(p[at.POOLS] + run * at.POOL * 8, at.POOL, np.int64)
+        pool(p, q, source, scratch, first, scratch + p[at.POOL_SCRATCH])
+    low = np.float32(0) if p[at.RELU] else _LOW
+    made = target + first_output * p[at.TARGET_COLUMNS] * p[at.OUTPUTS] * 2
+    step = p[at.COLUMN_STEP]
+    if p[at.WAIST]:
+        waist = scratch + p[at.WAIST_SCRATCH]
+        product(
+            scratch, p[at.POSITIONS], 0, p[at.TILES], step,
+            waist, p[at.WAIST_PIXELS], 0, _MOST,
+            p[at.TABLE], p[at.COUNT], p[at.WEIGHTS], p[at.ZEROS], p[at.WAIST_WIDTH], _LOW, sums,
+        )  # fmt: skip
+        product(
+            waist, p[at.WAIST_STARTS], 0, p[at.WAIST_TILES], p[at.WAIST_WIDTH] * 2,
+            made, p[at.TARGET_PIXELS], 0, _MOST,
+            p[at.RAMP], p[at.WAIST_WIDTH] // 32, p[at.EXPAND], p[at.BIAS], p[at.OUTPUTS], low, sums,
+        )  # fmt: skip
+    else:
+        product(
+            scratch, p[at.POSITIONS], 0, p[at.TILES], step,
+            made, p[at.TARGET_PIXELS], 0, _MOST,
+            p[at.TABLE], p[at.COUNT], p[at.EXPAND], p[at.BIAS], p[at.OUTPUTS], low, sums,
+        )  # fmt: skip
+
+
+@njit
+def shape(target):
+    """Describe tiles of 16 rows of 64 bytes, as the instruction wants it."""
+    made = line(target, _SHAPE, np.uint8)
+    made[:] = 0
+    made[0] = 1
+    for tile in range(_TILES):
+        made[16 + 2 * tile] = 64
+        made[48 + tile] = ROWS
+
+
+@njit
+def all_blocks(data):
+    p = line(data, at.ARGUMENTS, np.int64)
+    scratch = p[at.SCRATCH] + take(data + at.THREAD * 8) * p[at.SCRATCH_SIZE]
+    wanted = scratch + p[at.SHAPE_SCRATCH]
+    before = wanted + _SHAPE
+    shape(wanted)
+    configure(wanted, before)
+    clear(scratch, p[at.HELD_ROWS] * p[at.HELD_COLUMNS] * p[at.WIDTH])
+    while True:
+        unit = take(data)
+        if unit >= p[at.UNITS]:
+            break
+        image, part = unit // p[at.BLOCKS], unit % p[at.BLOCKS]
+        # The last block overlaps the one before, so that all are of one size.
+        first = min(part * p[at.BLOCK_ROWS], p[at.TARGET_ROWS] - p[at.BLOCK_ROWS])
+        source = p[at.SOURCE] + image * p[at.ROWS] * p[at.COLUMNS] * p[at.CHANNELS] * 2
+        target = p[at.TARGET] + image * p[at.TARGET_ROWS] * p[at.TARGET_COLUMNS] * p[at.OUTPUTS] * 2
+        block(p, source, target, first, scratch)
+    restore(before)
+
+
+def bottleneck_bfloat16(data):
+    all_blocks(address(data))
