@@ -191,4 +191,9 @@ METHODS: dict[str, Method] = {
     "max-pool, reconstructed": max_pool_refitted,
     "bare": bare,
 }
+# Of those that spend a budget: ours, and the rivals at their best.
+COMPARED = (
+    *("budget", "budget, thin=False", "data-aware Tucker-2", "data-aware low rank"),
+    *("Torch-Pruning, norms re-estimated", "Torch-Pruning, our refit"),
+)
 WITHOUT_BUDGET = ("max-pool, merely converted", "max-pool, reconstructed", "bare")

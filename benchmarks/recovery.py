@@ -5,16 +5,18 @@
     python benchmarks/recovery.py bare --data CIFAR10_DIR --net bottleneck
     python benchmarks/recovery.py latency --data CIFAR10_DIR --net basic
     python benchmarks/recovery.py asked --data CIFAR10_DIR --net basic
+    python benchmarks/recovery.py latency --data CIFAR10_DIR --net basic --dtype bfloat16
     python benchmarks/recovery.py distil --data CIFAR10_DIR --net basic --steps 200
     python benchmarks/recovery.py step --data CIFAR10_DIR --net basic
     python benchmarks/recovery.py draw --net basic
 
 All methods start from the same trained network and see the same unlabelled training images; `fit`
-takes no gradient step; `asked` asks for time in place of multiply-adds. Each row is written as
-soon as it is there, and rows that are there are not made again, so a run can be stopped at any
-time, for instance by `--seconds`. `latency`, `asked` and `step` need an idle machine: their
-ratios are to the original (as `optimize` leaves both, but for `step`), timed in turns. `results/`
-holds what this script writes; smaller networks are kept in `cache/`.
+takes no gradient step; `asked` asks for time in place of multiply-adds; `distil` trains the
+methods that are compared, or those that `--method` names. Each row is written as soon as it is
+there, and rows that are there are not made again, so a run can be stopped at any time, for
+instance by `--seconds`, and several may share the methods. `latency`, `asked` and `step` need an
+idle machine: their ratios are to the original (as `optimize` leaves both, but for `step`), timed
+in turns. `results/` holds what this script writes; smaller networks are kept in `cache/`.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from pathlib import Path
 import base_nets
 import torch
 from distillation import RATES, asking, distilled, remembering, stepwise
-from methods import METHODS, WITHOUT_BUDGET, Task
+from methods import COMPARED, METHODS, WITHOUT_BUDGET, Task
 from recovery_figures import draw
 from torch import nn
 
@@ -151,7 +153,7 @@ class Bench:
 
     def cases(self, methods: tuple[str, ...]) -> Iterator[tuple[str, float | None]]:
         """Methods and budgets, the mildest first; those without a budget at the end."""
-        chosen = [m for m in methods if not self.args.method or m in self.args.method]
+        chosen = self.args.method or methods
         for budget in self.args.budget or BUDGETS[self.args.net]:
             yield from ((m, budget) for m in chosen if m not in WITHOUT_BUDGET)
         yield from ((m, None) for m in chosen if m in WITHOUT_BUDGET)
@@ -245,11 +247,11 @@ def strip(bench: Bench) -> None:
 
 def time_all(bench: Bench) -> None:
     """Latency of every fitted network, in one process; run it on an idle machine."""
-    for method, budget in bench.cases(tuple(METHODS)):
+    for method, budget in bench.cases(COMPARED):
         fast = bench.made(method, budget, 2000)
         for batch in BATCHES:
             key: Row = {"stage": "latency", "method": method, "budget_mmacs": budget}
-            key |= {"batch": batch, "threads": torch.get_num_threads()}
+            key |= {"batch": batch, "threads": torch.get_num_threads(), "dtype": bench.args.dtype}
             if fast is None or bench.store.has(**key) or not bench.in_time():
                 continue
             bench.store.add({**key, **in_turns(bench, fast, batch)})
@@ -257,9 +259,12 @@ def time_all(bench: Bench) -> None:
 
 def in_turns(bench: Bench, fast: nn.Module, batch: int) -> Row:
     """Times of the original and a smaller network, each as `optimize` leaves it, in turns."""
-    x = bench.image.expand(batch, -1, -1, -1).contiguous(memory_format=torch.channels_last)
+    dtype = getattr(torch, bench.args.dtype)
+    x = bench.image.expand(batch, -1, -1, -1).to(dtype, memory_format=torch.channels_last)
     models = {
-        name: pfsurgery.optimize(model.eval(), x, memory_format="channels_last")
+        name: pfsurgery.optimize(
+            copy.deepcopy(model).eval().to(dtype), x, memory_format="channels_last"
+        )
         for name, model in (("before", bench.model), ("after", fast))
     }
     found = latency(models, x, repeats=25)
@@ -298,7 +303,7 @@ def distil_all(bench: Bench) -> None:
     """Accuracy of every fitted network after some steps of distillation, at each rate."""
     scores = remembering(bench.model)
     for steps, (method, budget), rate in product(
-        bench.args.steps or STEPS, list(bench.cases(tuple(METHODS))), bench.args.rate or RATES
+        bench.args.steps or STEPS, list(bench.cases(COMPARED)), bench.args.rate or RATES
     ):
         key: Row = {"stage": "distil", "method": method, "budget_mmacs": budget}
         key |= {"steps": steps, "rate": rate}
@@ -313,7 +318,7 @@ def distil_all(bench: Bench) -> None:
 def time_steps(bench: Bench) -> None:
     """What a step of distillation costs, of each fitted network and of the original, in turns."""
     steps, warm = 25, 5
-    for method, budget in bench.cases(tuple(METHODS)):
+    for method, budget in bench.cases(COMPARED):
         key: Row = {"stage": "step", "method": method, "budget_mmacs": budget}
         fast = bench.made(method, budget, 2000)
         if fast is None or bench.store.has(**key) or not bench.in_time():
@@ -358,6 +363,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with train.tar, val.tar")
     parser.add_argument("--method", action="append", choices=list(METHODS), help="only these")
     parser.add_argument("--budget", action="append", type=float, help="only these, in MMACs")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="timed")
     parser.add_argument("--share", action="append", type=int, help="percent of the time asked for")
     parser.add_argument("--batch", action="append", type=int, help="batches it is asked for")
     parser.add_argument("--steps", action="append", type=int, help="of distillation")

@@ -46,10 +46,11 @@ def draw(content: dict[str, Any], stem: Path) -> None:
         print(f"{method:36s} {budget} after {count:4d}: {row['top1']:.2f} % {row['mmacs']:.2f}")
     compared = [n for n in steps if len({name for name, _, count in table if count == n}) > 1]
     _macs_figure(content, table, compared, stem.with_suffix(".png"))
-    timed = [row for row in rows if row["stage"] == "latency"]
-    if timed:
-        path = stem.with_name(f"{stem.name}_latency.png")
-        _latency_figure(content, table, timed, path)
+    for dtype in ("float32", "bfloat16"):
+        timed = [r for r in rows if r["stage"] == "latency" and r["dtype"] == dtype]
+        if timed:
+            word = "latency" if dtype == "float32" else f"latency_{dtype}"
+            _latency_figure(content, table, timed, stem.with_name(f"{stem.name}_{word}.png"))
     for row in (row for row in rows if row["stage"] == "asked"):
         print(
             f"batch {row['batch']}: {row['share']} % of the time asked, {row['ratio']:.1%} "
@@ -126,13 +127,16 @@ def _latency_figure(
             (row["ratio"], row["top1"])
             for row in content["rows"]
             if (row["stage"], row.get("batch")) == ("asked", batch)
+            and timed[0]["dtype"] == "float32"
         ]
         if asked:
             ratios, top1 = zip(*sorted(asked), strict=True)
             label = "budget(latency=...)"
             axes.plot(ratios, top1, color="#d1495b", marker="*", markersize=9, label=label)
         axes.axvline(1, color="gray", linestyle=":", linewidth=1)
-        axes.set_title(f"batch {batch}, no gradient step", loc="left", fontsize=10)
+        axes.set_title(
+            f"batch {batch}, {timed[0]['dtype']}, no gradient step", loc="left", fontsize=10
+        )
         axes.set_xlabel("latency / the original's")
         _original(axes, content)
     panels[0].set_ylabel("CIFAR-10 top-1 (%)")
