@@ -28,10 +28,23 @@ def matches(site: Site, patterns: Patterns) -> bool:
 
 
 def as_patterns(patterns: Patterns) -> tuple[str, ...]:
-    """Patterns as a tuple, whether given as none, one or several."""
+    """Patterns as a tuple, whether given as none, one or several.
+
+    Raises:
+        PatternError: They are something else than text.
+    """
     if patterns is None:
         return ()
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    found = (
+        (patterns,) if isinstance(patterns, str) or not isinstance(patterns, Iterable) else patterns
+    )
+    for pattern in found:
+        if not isinstance(pattern, str):
+            raise PatternError(
+                f"Sites are selected by names or patterns as text, for instance 'layer4.*', not by "
+                f"the {type(pattern).__name__} {pattern!r}."
+            )
+    return tuple(found)
 
 
 def _match(name: str, pattern: str) -> bool:

@@ -294,6 +294,9 @@ def test_selection():
         plan(model, "maxpool_all", exclude=["layer9.*"])
     with pytest.raises(PatternError, match="not a regular expression"):
         plan(model, "maxpool_all", include="re:(")
+    for wrong in (3, [3]):
+        with pytest.raises(PatternError, match="not by the int 3"):
+            plan(model, "maxpool_all", include=wrong)
 
 
 def test_errors_name_what_was_meant():

@@ -429,6 +429,8 @@ def test_what_is_refused_before_training(model, data, tmp_path):
         finetune(model, train=train, teacher=timm.create_model("test_resnet", num_classes=7))
     with pytest.raises(DataError, match="label 9 does not fit the model's 4 classes"):
         finetune(timm.create_model("test_resnet", num_classes=4), train=train)
+    with pytest.raises(DataError, match="labels are float32; give class indices"):
+        finetune(model, train=[(train.tensors[0], train.tensors[1].float())])
     with pytest.raises(DataError, match="no labels"):
         finetune(model, train=[train.tensors[0]])
     with pytest.raises(DataError, match="images are uint8; give floats"):

@@ -135,8 +135,11 @@ def check_labels(labels: Tensor, logits: Tensor, *, lowest: int = 0) -> None:
         lowest: The lowest label allowed.
 
     Raises:
-        DataError: A label is out of range, or there are not as many labels as outputs.
+        DataError: A label is no integer or out of range, or they are not as many as the outputs.
     """
+    if labels.is_floating_point() or labels.is_complex():
+        kind = str(labels.dtype).removeprefix("torch.")
+        raise DataError(f"The labels are {kind}; give class indices, as integers.")
     if labels.dim() != 1 or len(labels) != len(logits):
         raise DataError(
             f"Labels of shape {tuple(labels.shape)} do not go with {len(logits)} images; give one "
