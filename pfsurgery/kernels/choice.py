@@ -17,6 +17,7 @@ from pfsurgery.kernels.axes import MOST_NUMBERS, Axis, are_near
 
 _SWITCH = "PFSURGERY_KERNELS"
 _NARROW = (torch.bfloat16, torch.float16)
+_KINDS = (torch.float32, torch.float64, *_NARROW)  # of numbers that CPU kernels compute with
 _SMALL = 2048  # numbers; below, the stock call is over before a kernel has started
 _enabled: ContextVar[bool] = ContextVar("pfsurgery_kernels", default=True)
 
@@ -33,11 +34,9 @@ def disabled() -> Iterator[None]:
 
 def why_stock(x: Tensor) -> str | None:
     """Why the stock calls are taken for an input (N, C, H, W); None where a kernel runs."""
-    return (
-        why_traced(x)
-        or (None if _enabled.get() else "kernels are switched off by `disabled`")
-        or _why_unfit(x)
-    )
+    if (reason := _why_not(x)) is not None:
+        return reason
+    return f"the input has less than {_SMALL} numbers" if x.numel() < _SMALL else None
 
 
 def has_loops(x: Tensor, down: Axis, across: Axis, *, sums: bool) -> bool:
@@ -54,11 +53,13 @@ def has_loops(x: Tensor, down: Axis, across: Axis, *, sums: bool) -> bool:
 
 def why_unfused(x: Tensor) -> str | None:
     """Why a bottleneck runs as several stock operators; None where one kernel runs it whole."""
-    if (reason := why_stock(x)) is not None:
+    if (reason := _why_not(x)) is not None:
         return reason
+    if not x.numel():
+        return "the input is empty"
     if x.is_cpu and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _has_tiles())):
         return None
-    return f"no fused kernel computes in {str(x.dtype).removeprefix('torch.')} on this {x.device}"
+    return f"no fused kernel computes in {_kind(x)} on this {x.device}"
 
 
 def explain(x: Tensor) -> str:
@@ -76,9 +77,8 @@ def explain(x: Tensor) -> str:
         return f"stock ATen calls: {reason}"
     library = "Triton" if x.is_cuda else "Numba"
     layout = "NCHW" if x.is_contiguous() else "channels_last"
-    kind = str(x.dtype).removeprefix("torch.")
     fused = "" if why_unfused(x) else "; bottlenecks in one kernel"
-    return f"{library} kernel: {layout}, {kind} on {x.device}{fused}"
+    return f"{library} kernel: {layout}, {_kind(x)} on {x.device}{fused}"
 
 
 def why_traced(x: Tensor) -> str | None:
@@ -98,23 +98,29 @@ def why_traced(x: Tensor) -> str | None:
     return None
 
 
-def _why_unfit(x: Tensor) -> str | None:
+def _why_not(x: Tensor) -> str | None:
+    """Why no kernel runs for an input of this kind, of whatever size."""
+    if (reason := why_traced(x)) is not None:
+        return reason
+    if not _enabled.get():
+        return "kernels are switched off by `disabled`"
     if x.ndim != 4:
         return f"the input has {x.ndim} dimensions, not 4"
-    if x.numel() < _SMALL:
-        return f"the input has less than {_SMALL} numbers"
     if x.is_cpu:
-        kind = str(x.dtype).removeprefix("torch.")
         if x.dtype in _NARROW and torch.backends.cpu.get_cpu_capability() != "AVX512":
-            return f"CPU kernels compute in {kind} on processors with AVX-512 only"
-        if x.dtype not in (torch.float32, torch.float64, *_NARROW):
-            return f"no CPU kernel computes in {kind}"
+            return f"CPU kernels compute in {_kind(x)} on processors with AVX-512 only"
+        if x.dtype not in _KINDS:
+            return f"no CPU kernel computes in {_kind(x)}"
         return _why_missing("numba")
     if x.is_cuda:
         if not x.is_floating_point():
-            return f"no GPU kernel computes in {str(x.dtype).removeprefix('torch.')}"
+            return f"no GPU kernel computes in {_kind(x)}"
         return _why_missing("triton")
     return f"there is no kernel for {x.device.type}"
+
+
+def _kind(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
 
 
 @lru_cache

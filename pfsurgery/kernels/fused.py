@@ -98,15 +98,11 @@ def _run(program: Program, weights: Weights, x: Tensor, relu: bool) -> Tensor:
     units = images * program.blocks
     wanted = min(threads(), units)
     scratch = torch.empty(wanted * program.scratch, dtype=x.dtype)
-    last = weights.middle if weights.expand is None else weights.expand
     arguments = _Arguments.from_buffer_copy(program.arguments)
     arguments[at.UNITS] = units
     arguments[at.SOURCE], arguments[at.TARGET] = x.data_ptr(), out.data_ptr()
     arguments[at.SCRATCH] = scratch.data_ptr()
-    if weights.reduce is not None:
-        arguments[at.REDUCE] = weights.reduce.data_ptr()
-    arguments[at.WEIGHTS], arguments[at.EXPAND] = weights.middle.data_ptr(), last.data_ptr()
-    arguments[at.BIAS], arguments[at.ZEROS] = weights.bias.data_ptr(), weights.zeros.data_ptr()
+    arguments[at.REDUCE : at.ZEROS + 1] = weights.addresses
     arguments[at.RELU] = relu
     run(compiled(*_KERNELS[x.dtype]), ctypes.addressof(arguments), wanted)
     return out

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class Weights:
         expand: Of the second product, None without a waist.
         bias: (C_out,) and zeros to whole vectors.
         zeros: As many zeros as any product has outputs.
+        addresses: Of these, as the arguments from `at.REDUCE` to `at.ZEROS`.
     """
 
     reduce: Tensor | None
@@ -34,6 +36,17 @@ class Weights:
     expand: Tensor | None
     bias: Tensor
     zeros: Tensor
+    addresses: list[ctypes.c_int64 | int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        last = self.middle if self.expand is None else self.expand
+        parts = (self.reduce, self.middle, last, self.bias, self.zeros)
+        found = [0 if part is None else part.data_ptr() for part in parts]
+        object.__setattr__(self, "addresses", found)
+
+    def __reduce__(self) -> Any:
+        """The parts alone: a copy has addresses of its own."""
+        return Weights, (self.reduce, self.middle, self.expand, self.bias, self.zeros)
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,8 +125,8 @@ class Bottleneck(nn.Module):
     def _is_plain(self) -> bool:
         """Whether the products are convolutions that nothing watches: adapters, masks, hooks."""
         kinds = _plain_kinds()
-        for conv in (self.reduce, self.waist, self.expand):
-            if conv is None:
+        for name, conv in self._modules.items():
+            if conv is None or name == "columns":
                 continue
             if type(conv) not in kinds or is_watched(conv):
                 return False
@@ -135,8 +135,10 @@ class Bottleneck(nn.Module):
         return True
 
     def _goes_with(self, x: Tensor) -> bool:
-        weight = self.expand.weight
-        return weight.dtype == x.dtype and weight.device == x.device
+        """Whether the weights are of the same kind, on the same device; devices compare slowly."""
+        weight = self.expand.weight if self._frozen is None else self._frozen.middle
+        same = weight.get_device() == x.get_device() and weight.is_cpu == x.is_cpu
+        return same and weight.dtype == x.dtype
 
     def _is_fused(self, x: Tensor) -> bool:
         return (
