@@ -48,7 +48,9 @@ def _rows(found: dict[str, Any], stage: str, method: str) -> dict[float, dict[st
     return {
         row["budget_mmacs"]: row
         for row in found["rows"]
-        if (row["stage"], row.get("method")) == (stage, method) and row.get("batch", BATCH) == BATCH
+        if (row["stage"], row.get("method")) == (stage, method)
+        and row.get("batch", BATCH) == BATCH
+        and row.get("dtype", "float32") == "float32"
     }
 
 
