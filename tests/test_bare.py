@@ -189,6 +189,7 @@ def test_pointwise_convolutions_share_the_budget(images, tmp_path):
     chosen = record(fast).plans[0]
     kinds = {d.site.kind for d in chosen}
     assert "pointwise" in kinds
+    assert chosen.policy == "budget(macs=60%, pointwise=True)"
     assert count(fast, one).macs <= 0.6 * count(model, one).macs
     assert count(model, one).macs - count(fast, one).macs == sum(d.macs_saved for d in chosen)
     assert distance(model, fast, images) < 0.5

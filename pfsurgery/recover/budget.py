@@ -63,8 +63,10 @@ class Budget:
             "latency": self.latency,
             "max_drop": self.max_drop,
         }
-        limit = ", ".join(f"{key}={value}" for key, value in limits.items() if value is not None)
-        return f"budget({limit}{'' if 'thin' in self.forms else ', thin=False'})"
+        told = [f"{key}={value}" for key, value in limits.items() if value is not None]
+        told += [] if "thin" in self.forms else ["thin=False"]
+        told += ["pointwise=True"] if self.pointwise else []
+        return f"budget({', '.join(told)})"
 
     @property
     def unit(self) -> Unit:
