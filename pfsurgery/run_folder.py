@@ -25,7 +25,7 @@ Kind = Literal["finetune", "sensitivity", "search", "layer", "nas", "robustness"
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class Origin:
     """What made a run folder.
 
     Attributes:
@@ -47,7 +47,7 @@ class Run:
     started: str
 
 
-def note_run(folder: str | Path, kind: Kind, *, model: nn.Module | None = None) -> Run:
+def note_run(folder: str | Path, kind: Kind, *, model: nn.Module | None = None) -> Origin:
     """Write `run.json` into a run folder, which is made if it is missing.
 
     Args:
@@ -63,7 +63,7 @@ def note_run(folder: str | Path, kind: Kind, *, model: nn.Module | None = None) 
     import pfsurgery
     from pfsurgery.measure.latency import device_name
 
-    run = Run(
+    run = Origin(
         kind,
         _command(),
         "" if model is None else _name_of(model),
@@ -76,19 +76,19 @@ def note_run(folder: str | Path, kind: Kind, *, model: nn.Module | None = None) 
     return run
 
 
-def read_run(folder: str | Path) -> Run:
+def read_run(folder: str | Path) -> Origin:
     """What made a run folder.
 
     Raises:
         SurgeryError: The folder holds no readable `run.json`.
     """
     values = read_json(Path(folder) / RUN)
-    known = {field.name for field in fields(Run)}
+    known = {field.name for field in fields(Origin)}
     if not isinstance(values, dict) or set(values) != known:
         raise SurgeryError(f"{Path(folder) / RUN} is not what pfsurgery writes into a run folder.")
     if values["kind"] not in get_args(Kind):
         raise SurgeryError(f"{Path(folder) / RUN} is of an unknown kind {values['kind']!r}.")
-    return Run(**values)
+    return Origin(**values)
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -11,7 +11,7 @@ from importlib.resources import files
 from typing import Any, Literal
 
 from pfsurgery.errors import needs
-from pfsurgery.run_folder import Run
+from pfsurgery.run_folder import Origin
 
 _TITLES = {
     "finetune": "Fine-tuning",
@@ -128,7 +128,7 @@ def library(name: str) -> Any:
         return importlib.import_module(name)
 
 
-def render(run: Run, content: Content) -> str:
+def render(run: Origin, content: Content) -> str:
     """The page as HTML.
 
     All text is escaped, and the page's own policy lets no other scripts run than its two, which are

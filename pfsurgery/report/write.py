@@ -10,7 +10,7 @@ from pfsurgery.files import write_text
 from pfsurgery.recover.logs import EPOCHS, LOG
 from pfsurgery.report import finetune, layer, nas, robustness, search, sensitivity
 from pfsurgery.report.page import Content, render
-from pfsurgery.run_folder import RUN, Run, read_run
+from pfsurgery.run_folder import RUN, Origin, read_run
 
 PAGE = "report.html"
 _KINDS: dict[str, Callable[[Path], Content]] = {
@@ -45,12 +45,12 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
     return path
 
 
-def _what_made(folder: Path) -> Run:
+def _what_made(folder: Path) -> Origin:
     """What made the folder; `finetune` called from Python leaves a log and no `run.json`."""
     if (folder / RUN).exists():
         return read_run(folder)
     if (folder / LOG).exists() or (folder / EPOCHS).exists():
-        return Run("finetune", "", "", "", 0, {}, "")
+        return Origin("finetune", "", "", "", 0, {}, "")
     if not folder.is_dir():
         raise SurgeryError(f"There is no folder {folder}. Give one that a run has written.")
     raise SurgeryError(
