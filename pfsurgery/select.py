@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
+from typing import cast
 
 from pfsurgery.errors import PatternError, closest
 from pfsurgery.sites import Site
@@ -35,16 +36,16 @@ def as_patterns(patterns: Patterns) -> tuple[str, ...]:
     """
     if patterns is None:
         return ()
-    found = (
-        (patterns,) if isinstance(patterns, str) or not isinstance(patterns, Iterable) else patterns
-    )
+    if isinstance(patterns, str) or not isinstance(patterns, Iterable):
+        patterns = cast("list[str]", [patterns])
+    found = tuple(patterns)
     for pattern in found:
         if not isinstance(pattern, str):
             raise PatternError(
                 f"Sites are selected by names or patterns as text, for instance 'layer4.*', not by "
                 f"the {type(pattern).__name__} {pattern!r}."
             )
-    return tuple(found)
+    return found
 
 
 def _match(name: str, pattern: str) -> bool:

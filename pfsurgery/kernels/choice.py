@@ -70,7 +70,8 @@ def explain(x: Tensor) -> str:
     stride in channels_last or on planes less than 16 pixels wide, where ATen's are faster. So they
     are there for numbers of two bytes in windows that are not 3x3 at stride 1, and, with gradients,
     for their means and blurs. A fitted bottleneck runs in one kernel for inference only: with
-    gradients it is several operators.
+    gradients it is several operators, and so it is in bfloat16 where its input channels are no
+    multiple of 32 or the image has less than 16 pixels.
     """
     reason = why_stock(x)
     if reason is not None:
@@ -125,8 +126,11 @@ def _kind(x: Tensor) -> str:
 
 @lru_cache
 def _has_tiles() -> bool:
-    """Whether the processor multiplies tiles of bfloat16 (Intel AMX), once the system lets it."""
-    return torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+    """Whether the processor multiplies tiles of bfloat16 (Intel AMX), as system and Numba allow."""
+    if any(name in os.environ for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")):
+        return False  # Numba compiles for another processor, which may have no tiles
+    has = torch.cpu._is_amx_tile_supported() and torch.cpu._is_avx512_bf16_supported()
+    return has and torch.cpu._init_amx()
 
 
 @lru_cache

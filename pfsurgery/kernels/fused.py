@@ -45,7 +45,7 @@ class Fused:
         return Fused, (self.geometry, self.structure)
 
     def computes(self, x: Tensor) -> bool:
-        """Whether a kernel computes the whole bottleneck for (N, C, H, W), here or elsewhere."""
+        """Whether a kernel computes the whole bottleneck for (N, C, H, W), if any does here."""
         if x.dtype == torch.bfloat16:
             return self._has_kernel and self._has_chunks and x.shape[2:].numel() >= ROWS
         return self._has_kernel
@@ -102,7 +102,11 @@ def _run(program: Program, weights: Weights, x: Tensor, relu: bool) -> Tensor:
     arguments[at.UNITS] = units
     arguments[at.SOURCE], arguments[at.TARGET] = x.data_ptr(), out.data_ptr()
     arguments[at.SCRATCH] = scratch.data_ptr()
-    arguments[at.REDUCE : at.ZEROS + 1] = weights.addresses
+    last = weights.middle if weights.expand is None else weights.expand
+    if weights.reduce is not None:
+        arguments[at.REDUCE] = weights.reduce.data_ptr()
+    arguments[at.WEIGHTS], arguments[at.EXPAND] = weights.middle.data_ptr(), last.data_ptr()
+    arguments[at.BIAS], arguments[at.ZEROS] = weights.bias.data_ptr(), weights.zeros.data_ptr()
     arguments[at.RELU] = relu
     run(compiled(*_KERNELS[x.dtype]), ctypes.addressof(arguments), wanted)
     return out

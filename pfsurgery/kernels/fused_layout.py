@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,9 +25,8 @@ class Weights:
         reduce: Of the reduction, None without one.
         middle: Of the first product behind the columns or taps.
         expand: Of the second product, None without a waist.
-        bias: (C_out,) and zeros to whole vectors.
+        bias: (C_out,) and zeros to whole vectors, or to whole tiles.
         zeros: As many zeros as any product has outputs.
-        addresses: Of these, as the arguments from `at.REDUCE` to `at.ZEROS`.
     """
 
     reduce: Tensor | None
@@ -36,17 +34,6 @@ class Weights:
     expand: Tensor | None
     bias: Tensor
     zeros: Tensor
-    addresses: list[ctypes.c_int64 | int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        last = self.middle if self.expand is None else self.expand
-        parts = (self.reduce, self.middle, last, self.bias, self.zeros)
-        found = [0 if part is None else part.data_ptr() for part in parts]
-        object.__setattr__(self, "addresses", found)
-
-    def __reduce__(self) -> Any:
-        """The parts alone: a copy has addresses of its own."""
-        return Weights, (self.reduce, self.middle, self.expand, self.bias, self.zeros)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +92,7 @@ class Sizes:
         return (block - 1) * self.stride + self.reach
 
     def block(self, shares: int) -> int:
-        """Rows of outputs in a block: an image has `shares` of them or more."""
+        """Rows of outputs in a block, for about `shares` blocks an image or more."""
         block = -(-self.rows // shares)
         while block > 1 and sum(self.scratch(block)) > _BLOCK:
             block = -(-block // 2)

@@ -123,7 +123,7 @@ def tile_program(
     block, step = sizes.block(shares), geometry.stride[1] * sizes.width
     held, waist, pools = sizes.scratch(block)
     held, waist, pools = held + ROWS * step, waist + ROWS * sizes.waist, 2 * pools
-    scratch = held + waist + _SUMS + 2 * _SHAPE + pools
+    scratch = rounded(held + waist + _SUMS + 2 * _SHAPE + pools, DEPTH)
     tables = _tables(geometry, structure, sizes, block, (rows, columns))
     arguments = common(geometry, sizes, block, (rows, columns)) | {
         at.SCRATCH_SIZE: scratch * _SIZE,

@@ -2,6 +2,8 @@
 
 What the middle reads is held in scratch memory, padded, one block with its halo at a time: the
 reduced channels, or a copy of the input, with pooled columns behind the channels of each pixel.
+`loops_bottleneck_tiles` pools by it too and has to be touched when it changes, as Numba's cache on
+disk does not notice.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ def zero(target, numbers):
 @njit
 def fill(p, source, held, first):
     """What one block reads: rows from `first` on, those outside of the image zero."""
-    begin, end = max(first, 0), min(first + p[at.HELD_ROWS], p[at.ROWS])
+    begin = min(max(first, 0), first + p[at.HELD_ROWS])
+    end = max(begin, min(first + p[at.HELD_ROWS], p[at.ROWS]))
     pitch = p[at.HELD_COLUMNS] * p[at.WIDTH] * 4
     if begin > first:
         zero(held, (begin - first) * p[at.HELD_COLUMNS] * p[at.WIDTH])
@@ -146,18 +149,18 @@ def inside(start, count, size):
 
 
 @njit
-def number(pixel, place):
+def read(pixel, place):
     return line(pixel, place + 1, np.float32)[place]
 
 
 @njit
-def numbers(target, source, count, share):
-    made, read = line(target, count, np.float32), line(source, count, np.float32)
+def write(target, source, count, share):
+    made, found = line(target, count, np.float32), line(source, count, np.float32)
     for c in range(count):
-        made[c] = read[c] * share
+        made[c] = found[c] * share
 
 
-pool = pools(4, number, numbers)
+pool = pools(4, read, write)
 
 
 @njit

@@ -8,23 +8,24 @@ from numba import njit
 from pfsurgery.kernels import bottleneck_arguments as at
 from pfsurgery.kernels.loops_base import address, line, take
 from pfsurgery.kernels.loops_bottleneck import pools
-from pfsurgery.kernels.loops_tiles import ROWS, configure, product, restore
+from pfsurgery.kernels.loops_tiles import DEPTH, ROWS, configure, product, restore
 
 _LOW = np.float32(-np.inf)
-_MOST = np.int64(1) << 62
+_ALL = np.int64(1) << 62  # behind every place: all results are written
 _TILES = 8
-_SHAPE = 64  # bytes that describe the tiles
+_SHAPE = 64  # bytes that describe the tiles (`fused_tiles` counts in numbers)
 
 
 @njit
-def clear(target, numbers):
-    line(target, numbers, np.uint16)[:] = 0
+def clear(target, count):
+    line(target, count, np.uint16)[:] = 0
 
 
 @njit
 def fill(p, source, held, first, sums):
     """What one block reads: rows from `first` on, those outside of the image zero."""
-    begin, end = max(first, 0), min(first + p[at.HELD_ROWS], p[at.ROWS])
+    begin = min(max(first, 0), first + p[at.HELD_ROWS])
+    end = max(begin, min(first + p[at.HELD_ROWS], p[at.ROWS]))
     row = p[at.HELD_COLUMNS] * p[at.WIDTH]
     if begin > first:
         clear(held, (begin - first) * row)
@@ -38,7 +39,7 @@ def fill(p, source, held, first, sums):
         product(
             source, p[at.PIXELS], begin * p[at.COLUMNS] // ROWS, until, p[at.CHANNELS] * 2,
             held - first * row * 2, p[at.HELD_PIXELS], least, most,
-            p[at.RAMP], p[at.CHANNELS] // 32, p[at.REDUCE], p[at.ZEROS], p[at.WIDTH], _LOW, sums,
+            p[at.RAMP], p[at.CHANNELS] // DEPTH, p[at.REDUCE], p[at.ZEROS], p[at.WIDTH], _LOW, sums,
         )  # fmt: skip
         return
     channels, width = p[at.CHANNELS], p[at.WIDTH]
@@ -56,23 +57,23 @@ def fill(p, source, held, first, sums):
 
 
 @njit
-def number(pixel, place):
+def read(pixel, place):
     bits = np.uint32(line(pixel, place + 1, np.uint16)[place]) << np.uint32(16)
     return np.uint32(bits).view(np.float32)
 
 
 @njit
-def numbers(target, source, count, share):
-    made, read = line(target, count, np.uint16), line(source, count, np.float32)
+def write(target, source, count, share):
+    made, found = line(target, count, np.uint16), line(source, count, np.float32)
     for c in range(count):
-        value = np.float32(read[c] * share)
+        value = np.float32(found[c] * share)
         bits = value.view(np.uint32)
         even = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
         rounded = np.uint16((bits + even) >> np.uint32(16))
         made[c] = rounded if value == value else np.uint16(0x7FC0)
 
 
-pool = pools(2, number, numbers)
+pool = pools(2, read, write)
 
 
 @njit
@@ -90,18 +91,19 @@ def block(p, source, target, first_output, scratch):
         waist = scratch + p[at.WAIST_SCRATCH]
         product(
             scratch, p[at.POSITIONS], 0, p[at.TILES], step,
-            waist, p[at.WAIST_PIXELS], 0, _MOST,
+            waist, p[at.WAIST_PIXELS], 0, _ALL,
             p[at.TABLE], p[at.COUNT], p[at.WEIGHTS], p[at.ZEROS], p[at.WAIST_WIDTH], _LOW, sums,
         )  # fmt: skip
         product(
             waist, p[at.WAIST_STARTS], 0, p[at.WAIST_TILES], p[at.WAIST_WIDTH] * 2,
-            made, p[at.TARGET_PIXELS], 0, _MOST,
-            p[at.RAMP], p[at.WAIST_WIDTH] // 32, p[at.EXPAND], p[at.BIAS], p[at.OUTPUTS], low, sums,
+            made, p[at.TARGET_PIXELS], 0, _ALL,
+            p[at.RAMP], p[at.WAIST_WIDTH] // DEPTH,
+            p[at.EXPAND], p[at.BIAS], p[at.OUTPUTS], low, sums,
         )  # fmt: skip
     else:
         product(
             scratch, p[at.POSITIONS], 0, p[at.TILES], step,
-            made, p[at.TARGET_PIXELS], 0, _MOST,
+            made, p[at.TARGET_PIXELS], 0, _ALL,
             p[at.TABLE], p[at.COUNT], p[at.EXPAND], p[at.BIAS], p[at.OUTPUTS], low, sums,
         )  # fmt: skip
 

@@ -114,7 +114,7 @@ def product(source, positions, target, places, rows, table, count, weights, bias
         rows: Number of positions.
         table: (count,) offsets of the columns in bytes.
         count: Number of columns.
-        weights: As `fused.pack_weights` packs them.
+        weights: As `fused_vectors.pack_vectors` packs them.
         bias: Of whole vectors.
         outputs: Numbers to write at each position.
         low: Smaller results are raised to this, as a ReLU does with 0.

@@ -4,6 +4,9 @@ A tile holds 16 rows of 64 bytes: 16 positions with 32 numbers of each, or as ma
 weights, or 16 x 16 sums in float32. So the left side is read in chunks of 32 numbers that lie side
 by side near a position, and 16 positions at a time whose distances are equal; what lies in between
 without being wanted is multiplied by zeros or not written.
+
+Numba's cache on disk notices changes of the file with the entry point only: who changes this one
+has to touch `loops_bottleneck_tiles`.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from pfsurgery.kernels.vectors import (
 )
 
 ROWS = 16  # positions of a tile
+DEPTH = 32  # numbers of a position in it
 PANEL = 32  # outputs of two tiles of weights side by side
 _LINE = 64  # bytes of a tile's row
 _TILE = ROWS * _LINE
@@ -151,7 +155,7 @@ def product(
         most: Nor are those with offsets from this one on.
         chunks: (count,) offsets in bytes of 32 numbers near a position.
         count: Number of chunks.
-        weights: As `fused_tiles.pack` packs them.
+        weights: As `fused_tiles.pack_tiles` packs them.
         bias: float32, of whole panels.
         outputs: Numbers to write at each position.
         low: Smaller results are raised to this, as a ReLU does with 0.
