@@ -18,6 +18,7 @@ from pfsurgery.rewrite import inherit
 from pfsurgery.sites import Geometry, geometry_of
 from pfsurgery.structure import Run, Structure
 
+_FUSED = (torch.float32, torch.bfloat16)  # kinds of numbers that the kernel computes with
 _GAIN = 0.95  # of a convolution's time; a kernel that saves less is not worth having
 
 
@@ -59,7 +60,8 @@ def speed_up_pointwise(seen: GraphView, model: nn.Module) -> None:
         assert isinstance(conv, nn.Conv2d)
         key = (geometry_of(conv), shape)
         if key not in faster:
-            x = torch.zeros(shape).contiguous(memory_format=torch.channels_last)
+            x = torch.zeros(shape, dtype=conv.weight.dtype)
+            x = x.contiguous(memory_format=torch.channels_last)
             faster[key] = _is_faster(_as_bottleneck(conv), conv, x)
         if faster[key]:
             made = _as_bottleneck(conv)
@@ -101,7 +103,7 @@ def _is_faster(after: nn.Module, before: nn.Module, x: Tensor) -> bool:
 
 
 def _pointwise(seen: GraphView, model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Paths and input shapes of float32 pointwise convolutions on the CPU that are called once."""
+    """Paths and input shapes of pointwise convolutions on the CPU that are called once."""
     for node in seen.graph.nodes:
         if node.op != "call_module" or seen.calls(path := str(node.target)) != 1:
             continue
@@ -109,7 +111,7 @@ def _pointwise(seen: GraphView, model: nn.Module) -> Iterator[tuple[str, tuple[i
         if type(conv) is not nn.Conv2d or not is_pointwise(conv):
             continue
         inside = isinstance(get_module(model, path.rpartition(".")[0]), Bottleneck)
-        fits = conv.weight.dtype == torch.float32 and conv.weight.device.type == "cpu"
+        fits = conv.weight.dtype in _FUSED and conv.weight.device.type == "cpu"
         free = not is_watched(conv) and path not in seen.foreign_reads
         if free and fits and not inside:
             yield path, tuple(node.meta["in_shape"])

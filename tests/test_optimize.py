@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -37,6 +38,17 @@ def trained(model: nn.Module) -> nn.Module:
 
 def norms(model: nn.Module) -> list[str]:
     return [name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+def test_a_model_in_bfloat16_stays_as_near_to_float32():
+    model = trained(timm.create_model("resnet10t"))
+    x = torch.randn(8, 3, 64, 64)
+    narrow = copy.deepcopy(model).bfloat16()
+    with torch.no_grad():
+        wanted = model(x)
+        fast = pfsurgery.optimize(narrow, x.bfloat16(), memory_format="channels_last")
+        errors = [(m(x.bfloat16()) - wanted).norm() / wanted.norm() for m in (fast, narrow)]
+    assert errors[0] < 1.5 * errors[1] < 0.1
 
 
 @pytest.mark.parametrize(
