@@ -9,6 +9,7 @@ ours and the decompositions have one setting.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import pfsurgery
+from pfsurgery.errors import NoEffectWarning
 from pfsurgery.measure import count
 from pfsurgery.recover import Budget, refit_layers
 
@@ -108,7 +110,12 @@ def max_pool_refitted(task: Task) -> Made:
 
 
 def bare(task: Task) -> Made:
-    """One parameter-free operation a channel, the pointwise layers behind refitted."""
+    """One parameter-free operation a channel, the pointwise layers behind refitted.
+
+    Raises:
+        NoEffectWarning: No pointwise layer follows any convolution.
+    """
+    warnings.simplefilter("error", NoEffectWarning)
     return pfsurgery.convert(task.model, pfsurgery.bare(), images=task.images), {}
 
 
