@@ -205,7 +205,7 @@ def release_workers(loader: object) -> None:
 
 
 def give_freed_memory_back() -> None:
-    """To the system, before worker processes begin: each of them would hold a copy of it."""
+    """To the system: what is kept piles up from step to step, and worker processes copy it."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:  # the C library is glibc
         trim(0)

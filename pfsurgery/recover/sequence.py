@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from pfsurgery.batches import give_freed_memory_back
 from pfsurgery.errors import RecordMismatchError
 from pfsurgery.graph import GraphView, view
 from pfsurgery.neighbours import neighbours_of_module
@@ -82,6 +83,7 @@ def refit_in_order(
         decision = place(teacher, front, aim, goals, seen, screens.get(name))
         done[name] = decision
         tell(f"{name}: {decision.label}, {decision.reason}")
+        give_freed_memory_back()
     return done
 
 
