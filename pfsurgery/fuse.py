@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from pfsurgery.fold import is_seen_between
 from pfsurgery.graph import GraphView
+from pfsurgery.kernels.fused import KERNELS
 from pfsurgery.measure.latency import latency
 from pfsurgery.modules import get_module, is_pointwise, is_watched, set_module
 from pfsurgery.ops.bottleneck import Bottleneck
@@ -18,7 +19,6 @@ from pfsurgery.rewrite import inherit
 from pfsurgery.sites import Geometry, geometry_of
 from pfsurgery.structure import Run, Structure
 
-_FUSED = (torch.float32, torch.bfloat16)  # kinds of numbers that the kernel computes with
 _GAIN = 0.95  # of a convolution's time; a kernel that saves less is not worth having
 
 
@@ -111,7 +111,7 @@ def _pointwise(seen: GraphView, model: nn.Module) -> Iterator[tuple[str, tuple[i
         if type(conv) is not nn.Conv2d or not is_pointwise(conv):
             continue
         inside = isinstance(get_module(model, path.rpartition(".")[0]), Bottleneck)
-        fits = conv.weight.dtype in _FUSED and conv.weight.device.type == "cpu"
+        fits = conv.weight.dtype in KERNELS and conv.weight.device.type == "cpu"
         free = not is_watched(conv) and path not in seen.foreign_reads
         if free and fits and not inside:
             yield path, tuple(node.meta["in_shape"])

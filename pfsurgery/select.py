@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import cast
+from typing import Any
 
 from pfsurgery.errors import PatternError, closest
 from pfsurgery.sites import Site
@@ -36,9 +36,8 @@ def as_patterns(patterns: Patterns) -> tuple[str, ...]:
     """
     if patterns is None:
         return ()
-    if isinstance(patterns, str) or not isinstance(patterns, Iterable):
-        patterns = cast("list[str]", [patterns])
-    found = tuple(patterns)
+    one = isinstance(patterns, str) or not isinstance(patterns, Iterable)
+    found: tuple[Any, ...] = (patterns,) if one else tuple(patterns)
     for pattern in found:
         if not isinstance(pattern, str):
             raise PatternError(

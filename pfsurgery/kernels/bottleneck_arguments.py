@@ -20,6 +20,9 @@ SUMS_SCRATCH, SHAPE_SCRATCH, COLUMN_STEP = range(44, 47)
 TILES, WAIST_STARTS, WAIST_TILES = range(47, 50)
 ARGUMENTS = 50
 IN_PLACE, COPY, REDUCTION = range(3)
+# Of the processor's tiles: positions, numbers of each, outputs of two side by side, and bytes of
+# what describes their shape.
+TILE_ROWS, DEPTH, PANEL, SHAPE = 16, 32, 32, 64
 # Places in the row of integers that describes a pooled run of columns.
 MAXIMUM, FIRST_ROW, FIRST_COLUMN, POOL_HEIGHT, POOL_WIDTH = range(5)
 COLUMN_STRIDE, POOLED, LIST, PLACE = range(5, 9)

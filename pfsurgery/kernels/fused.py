@@ -12,7 +12,7 @@ from pfsurgery.errors import ShapeError
 from pfsurgery.kernels import bottleneck_arguments as at
 from pfsurgery.kernels.cpu import compiled
 from pfsurgery.kernels.fused_layout import Program, Weights
-from pfsurgery.kernels.fused_tiles import DEPTH, ROWS, pack_tiles, tile_program
+from pfsurgery.kernels.fused_tiles import pack_tiles, tile_program
 from pfsurgery.kernels.fused_vectors import pack_vectors, vector_program
 from pfsurgery.kernels.memory import output
 from pfsurgery.kernels.threads import run, threads
@@ -20,7 +20,7 @@ from pfsurgery.sites import Geometry
 from pfsurgery.structure import Structure
 
 _PROGRAMS = 8  # image sizes that a bottleneck remembers
-_KERNELS = {
+KERNELS = {
     torch.float32: ("loops_bottleneck", "bottleneck_float32"),
     torch.bfloat16: ("loops_bottleneck_tiles", "bottleneck_bfloat16"),
 }
@@ -38,7 +38,7 @@ class Fused:
         self.programs: dict[tuple[bool, int, int, int], Program] = {}
         pooled = any(run.kind != "tap" for run in structure.runs)
         self._has_kernel = not (structure.reduce and pooled)  # which pools what it is given
-        self._has_chunks = geometry.in_channels % DEPTH == 0
+        self._has_chunks = geometry.in_channels % at.DEPTH == 0
 
     def __reduce__(self) -> Any:
         """The bottleneck alone."""
@@ -47,7 +47,7 @@ class Fused:
     def computes(self, x: Tensor) -> bool:
         """Whether a kernel computes the whole bottleneck for (N, C, H, W), if any does here."""
         if x.dtype == torch.bfloat16:
-            return self._has_kernel and self._has_chunks and x.shape[2:].numel() >= ROWS
+            return self._has_kernel and self._has_chunks and x.shape[2:].numel() >= at.TILE_ROWS
         return self._has_kernel
 
     def pack(
@@ -108,5 +108,5 @@ def _run(program: Program, weights: Weights, x: Tensor, relu: bool) -> Tensor:
     arguments[at.WEIGHTS], arguments[at.EXPAND] = weights.middle.data_ptr(), last.data_ptr()
     arguments[at.BIAS], arguments[at.ZEROS] = weights.bias.data_ptr(), weights.zeros.data_ptr()
     arguments[at.RELU] = relu
-    run(compiled(*_KERNELS[x.dtype]), ctypes.addressof(arguments), wanted)
+    run(compiled(*KERNELS[x.dtype]), ctypes.addressof(arguments), wanted)
     return out

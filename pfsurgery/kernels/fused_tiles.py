@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pfsurgery.kernels import bottleneck_arguments as at
+from pfsurgery.kernels.bottleneck_arguments import DEPTH, PANEL, TILE_ROWS
 from pfsurgery.kernels.fused_layout import (
     Program,
     Sizes,
@@ -23,12 +24,9 @@ from pfsurgery.kernels.fused_layout import (
 from pfsurgery.sites import Geometry
 from pfsurgery.structure import Structure
 
-DEPTH = 32  # numbers of a position that a tile holds
-ROWS = 16  # positions of a tile
-_PANEL = 32  # outputs that are computed together
 _SIZE = 2  # bytes of a number
-_SUMS = 4 * ROWS * ROWS * 2  # numbers of scratch memory for four tiles of float32
-_SHAPE = 32  # numbers of scratch memory for a shape of the tiles
+_SUMS = 4 * TILE_ROWS * TILE_ROWS * 2  # numbers of scratch memory for four tiles of float32
+_SHAPE = at.SHAPE // _SIZE
 _NOWHERE = -1  # instead of the place of a result that nobody wants
 
 
@@ -48,8 +46,8 @@ def pack_tiles(
         reduce=None if reduce is None else _pack(reduce, _in_order(reduce)),
         middle=_pack(middle, rows),
         expand=None if expand is None else _pack(expand, _in_order(expand)),
-        bias=F.pad(bias.float(), (0, rounded(len(bias), _PANEL) - len(bias))),
-        zeros=torch.zeros(rounded(max(widths), _PANEL)),
+        bias=F.pad(bias.float(), (0, rounded(len(bias), PANEL) - len(bias))),
+        zeros=torch.zeros(rounded(max(widths), PANEL)),
     )
 
 
@@ -68,8 +66,8 @@ def _pack(matrix: Tensor, rows: Tensor) -> Tensor:
         rows: (chunks, 32), which input each number of a chunk is; `_NOWHERE` for none.
     """
     outputs = matrix.shape[1]
-    padded = F.pad(matrix, (0, rounded(outputs, _PANEL) - outputs, 0, 1))  # row -1 is of zeros
-    tiles = padded[rows].view(len(rows), ROWS, 2, -1, 2, ROWS)
+    padded = F.pad(matrix, (0, rounded(outputs, PANEL) - outputs, 0, 1))  # row -1 is of zeros
+    tiles = padded[rows].view(len(rows), TILE_ROWS, 2, -1, 2, TILE_ROWS)
     return tiles.permute(3, 0, 4, 1, 5, 2).contiguous()
 
 
@@ -122,7 +120,7 @@ def tile_program(
         sizes = replace(sizes, fill=at.COPY)  # a tile may reach behind the last pixel
     block, step = sizes.block(shares), geometry.stride[1] * sizes.width
     held, waist, pools = sizes.scratch(block)
-    held, waist, pools = held + ROWS * step, waist + ROWS * sizes.waist, 2 * pools
+    held, waist, pools = held + TILE_ROWS * step, waist + TILE_ROWS * sizes.waist, 2 * pools
     scratch = rounded(held + waist + _SUMS + 2 * _SHAPE + pools, DEPTH)
     tables = _tables(geometry, structure, sizes, block, (rows, columns))
     arguments = common(geometry, sizes, block, (rows, columns)) | {
@@ -147,11 +145,11 @@ def _tables(
 ) -> dict[int, Tensor]:
     """The tables by their places among the arguments; offsets are in bytes."""
     pixels, made = image[0] * image[1], block * sizes.columns
-    firsts = (torch.arange(-(-pixels // ROWS)) * ROWS).clamp(max=pixels - ROWS)
-    held = (firsts[:, None] + torch.arange(ROWS)).flatten()
+    firsts = (torch.arange(-(-pixels // TILE_ROWS)) * TILE_ROWS).clamp(max=pixels - TILE_ROWS)
+    held = (firsts[:, None] + torch.arange(TILE_ROWS)).flatten()
     held = held // image[1] * sizes.held_columns + held % image[1] + sizes.left
     starts, results = _lattice(geometry, sizes, block)
-    places = torch.arange(rounded(made, ROWS))
+    places = torch.arange(rounded(made, TILE_ROWS))
     places[made:] = _NOWHERE
     outputs = geometry.out_channels
     chunks = _chunks(geometry, structure, sizes.inputs)
@@ -163,7 +161,7 @@ def _tables(
         at.HELD_PIXELS: held * sizes.width * _SIZE,
         at.POSITIONS: starts * sizes.width * _SIZE,
         at.WAIST_PIXELS: _bytes(results, sizes.waist),
-        at.WAIST_STARTS: torch.arange(0, made, ROWS) * sizes.waist * _SIZE,
+        at.WAIST_STARTS: torch.arange(0, made, TILE_ROWS) * sizes.waist * _SIZE,
         at.TARGET_PIXELS: _bytes(places if structure.waist else results, outputs),
         at.RAMP: torch.arange(0, max(geometry.in_channels, sizes.waist), DEPTH) * _SIZE,
         at.TABLE: torch.tensor(read) * _SIZE,
@@ -187,7 +185,7 @@ def _lattice(geometry: Geometry, sizes: Sizes, block: int) -> tuple[Tensor, Tens
     while wanted:
         start = next(iter(wanted))
         starts.append(start)
-        results += [wanted.pop(start + i * across, _NOWHERE) for i in range(ROWS)]
+        results += [wanted.pop(start + i * across, _NOWHERE) for i in range(TILE_ROWS)]
     return torch.tensor(starts), torch.tensor(results)
 
 

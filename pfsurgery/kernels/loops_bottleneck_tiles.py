@@ -7,53 +7,32 @@ from numba import njit
 
 from pfsurgery.kernels import bottleneck_arguments as at
 from pfsurgery.kernels.loops_base import address, line, take
-from pfsurgery.kernels.loops_bottleneck import pools
-from pfsurgery.kernels.loops_tiles import DEPTH, ROWS, configure, product, restore
+from pfsurgery.kernels.loops_blocks import blocks, borders, copy, pools
+from pfsurgery.kernels.loops_tiles import configure, product, restore
 
 _LOW = np.float32(-np.inf)
 _ALL = np.int64(1) << 62  # behind every place: all results are written
 _TILES = 8
-_SHAPE = 64  # bytes that describe the tiles (`fused_tiles` counts in numbers)
-
-
-@njit
-def clear(target, count):
-    line(target, count, np.uint16)[:] = 0
 
 
 @njit
 def fill(p, source, held, first, sums):
-    """What one block reads: rows from `first` on, those outside of the image zero."""
-    begin = min(max(first, 0), first + p[at.HELD_ROWS])
-    end = max(begin, min(first + p[at.HELD_ROWS], p[at.ROWS]))
-    row = p[at.HELD_COLUMNS] * p[at.WIDTH]
-    if begin > first:
-        clear(held, (begin - first) * row)
-    if end < first + p[at.HELD_ROWS]:
-        clear(held + (end - first) * row * 2, (first + p[at.HELD_ROWS] - end) * row)
+    """What one block reads: rows from `first` on."""
+    begin, end = borders(p, held, first, 2)
     if begin >= end:
         return
-    if p[at.FILL] == at.REDUCTION:
-        least, most = begin * row * 2, end * row * 2
-        until = (end * p[at.COLUMNS] + ROWS - 1) // ROWS
-        product(
-            source, p[at.PIXELS], begin * p[at.COLUMNS] // ROWS, until, p[at.CHANNELS] * 2,
-            held - first * row * 2, p[at.HELD_PIXELS], least, most,
-            p[at.RAMP], p[at.CHANNELS] // DEPTH, p[at.REDUCE], p[at.ZEROS], p[at.WIDTH], _LOW, sums,
-        )  # fmt: skip
+    pitch = p[at.HELD_COLUMNS] * p[at.WIDTH] * 2
+    if p[at.FILL] != at.REDUCTION:
+        source += begin * p[at.COLUMNS] * p[at.CHANNELS] * 2
+        copy(p, source, held + (begin - first) * pitch, end - begin, 2)
         return
-    channels, width = p[at.CHANNELS], p[at.WIDTH]
-    whole = p[at.COLUMNS] if channels == width else 1  # pixels that lie side by side on both sides
-    count = channels * whole
-    source += begin * p[at.COLUMNS] * channels * 2
-    for y in range(end - begin):
-        here = held + ((begin - first + y) * row + p[at.LEFT] * width) * 2
-        for _ in range(0, p[at.COLUMNS], whole):
-            made, read = line(here, count, np.uint16), line(source, count, np.uint16)
-            for c in range(count):
-                made[c] = read[c]
-            source += count * 2
-            here += width * whole * 2
+    until = (end * p[at.COLUMNS] + at.TILE_ROWS - 1) // at.TILE_ROWS
+    product(
+        source, p[at.PIXELS], begin * p[at.COLUMNS] // at.TILE_ROWS, until, p[at.CHANNELS] * 2,
+        held - first * pitch, p[at.HELD_PIXELS], begin * pitch, end * pitch,
+        p[at.RAMP], p[at.CHANNELS] // at.DEPTH,
+        p[at.REDUCE], p[at.ZEROS], p[at.WIDTH], _LOW, sums,
+    )  # fmt: skip
 
 
 @njit
@@ -97,7 +76,7 @@ def block(p, source, target, first_output, scratch):
         product(
             waist, p[at.WAIST_STARTS], 0, p[at.WAIST_TILES], p[at.WAIST_WIDTH] * 2,
             made, p[at.TARGET_PIXELS], 0, _ALL,
-            p[at.RAMP], p[at.WAIST_WIDTH] // DEPTH,
+            p[at.RAMP], p[at.WAIST_WIDTH] // at.DEPTH,
             p[at.EXPAND], p[at.BIAS], p[at.OUTPUTS], low, sums,
         )  # fmt: skip
     else:
@@ -111,35 +90,28 @@ def block(p, source, target, first_output, scratch):
 @njit
 def shape(target):
     """Describe tiles of 16 rows of 64 bytes, as the instruction wants it."""
-    made = line(target, _SHAPE, np.uint8)
+    made = line(target, at.SHAPE, np.uint8)
     made[:] = 0
     made[0] = 1
     for tile in range(_TILES):
         made[16 + 2 * tile] = 64
-        made[48 + tile] = ROWS
+        made[48 + tile] = at.TILE_ROWS
+
+
+all_blocks = blocks(2, block)
 
 
 @njit
-def all_blocks(data):
+def work(data):
     p = line(data, at.ARGUMENTS, np.int64)
     scratch = p[at.SCRATCH] + take(data + at.THREAD * 8) * p[at.SCRATCH_SIZE]
     wanted = scratch + p[at.SHAPE_SCRATCH]
-    before = wanted + _SHAPE
+    before = wanted + at.SHAPE
     shape(wanted)
     configure(wanted, before)
-    clear(scratch, p[at.HELD_ROWS] * p[at.HELD_COLUMNS] * p[at.WIDTH])
-    while True:
-        unit = take(data)
-        if unit >= p[at.UNITS]:
-            break
-        image, part = unit // p[at.BLOCKS], unit % p[at.BLOCKS]
-        # The last block overlaps the one before, so that all are of one size.
-        first = min(part * p[at.BLOCK_ROWS], p[at.TARGET_ROWS] - p[at.BLOCK_ROWS])
-        source = p[at.SOURCE] + image * p[at.ROWS] * p[at.COLUMNS] * p[at.CHANNELS] * 2
-        target = p[at.TARGET] + image * p[at.TARGET_ROWS] * p[at.TARGET_COLUMNS] * p[at.OUTPUTS] * 2
-        block(p, source, target, first, scratch)
+    all_blocks(data, p, scratch)
     restore(before)
 
 
 def bottleneck_bfloat16(data):
-    all_blocks(address(data))
+    work(address(data))

@@ -18,6 +18,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from pfsurgery.kernels.bottleneck_arguments import PANEL, TILE_ROWS
 from pfsurgery.kernels.loops_base import integer
 from pfsurgery.kernels.vectors import (
     BYTE,
@@ -32,11 +33,8 @@ from pfsurgery.kernels.vectors import (
     store,
 )
 
-ROWS = 16  # positions of a tile
-DEPTH = 32  # numbers of a position in it
-PANEL = 32  # outputs of two tiles of weights side by side
 _LINE = 64  # bytes of a tile's row
-_TILE = ROWS * _LINE
+_TILE = TILE_ROWS * _LINE
 _SUMS = PANEL * 4  # bytes of the sums of one position
 binding.initialize_native_asmparser()  # for the one instruction that is written out
 
@@ -81,7 +79,7 @@ def _multiply(
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         first, second, step, chunks, count, weights, bias, sums = args
-        line, half = ir.Constant(INTEGER, _LINE), ROWS * _SUMS
+        line, half = ir.Constant(INTEGER, _LINE), TILE_ROWS * _SUMS
         for tile in range(4):
             here = at(builder, bias, tile % 2 * _LINE, BYTE)
             _tiles(builder, "tileloadd64", _tile(tile), here, ir.Constant(INTEGER, 0))
@@ -167,8 +165,8 @@ def product(
             here, there = source + integer(starts, tile), source + integer(starts, other)
             _multiply(here, there, step, chunks, count, weights, bias + done * 4, sums)
             left = outputs - done
-            for row in range(ROWS * (other - tile + 1)):
-                place = integer(places, tile * ROWS + row)
+            for row in range(TILE_ROWS * (other - tile + 1)):
+                place = integer(places, tile * TILE_ROWS + row)
                 if least <= place < most:
                     made = target + place + done * 2
                     if left >= PANEL:
