@@ -15,6 +15,7 @@ from pfsurgery.kernels.fused import KERNELS
 from pfsurgery.measure.latency import latency
 from pfsurgery.modules import get_module, is_pointwise, is_watched, set_module
 from pfsurgery.ops.bottleneck import Bottleneck
+from pfsurgery.residual import adds
 from pfsurgery.rewrite import inherit
 from pfsurgery.sites import Geometry, geometry_of
 from pfsurgery.structure import Run, Structure
@@ -53,20 +54,63 @@ def _relu_after(node: fx.Node, seen: GraphView, model: nn.Module) -> str | None:
 
 
 def speed_up_pointwise(seen: GraphView, model: nn.Module) -> None:
-    """Let the kernel compute the pointwise convolutions that it computes faster, as timed now."""
-    faster: dict[tuple[Geometry, tuple[int, ...]], bool] = {}
-    for path, shape in _pointwise(seen, model):
-        conv = get_module(model, path)
+    """Let the kernel compute the pointwise convolutions that it computes faster, as timed now.
+
+    With those at the end of a residual block the addition and the ReLU behind it are timed too, as
+    `take_in_additions` leaves them to the kernel.
+    """
+    faster: dict[tuple[Geometry, tuple[int, ...], bool], bool] = {}
+    for node in _pointwise(seen, model):
+        conv = get_module(model, path := str(node.target))
         assert isinstance(conv, nn.Conv2d)
-        key = (geometry_of(conv), shape)
+        key = (geometry_of(conv), tuple(node.meta["in_shape"]), _is_added_to(node, model))
         if key not in faster:
-            x = torch.zeros(shape, dtype=conv.weight.dtype)
-            x = x.contiguous(memory_format=torch.channels_last)
-            faster[key] = _is_faster(_as_bottleneck(conv), conv, x)
+            faster[key] = _is_faster_in_kernel(conv, *key[1:])
         if faster[key]:
             made = _as_bottleneck(conv)
             inherit(made, conv)
             set_module(model, path, made)
+
+
+def _is_faster_in_kernel(conv: nn.Conv2d, shape: tuple[int, ...], added: bool) -> bool:
+    """Whether the kernel computes a pointwise convolution faster, or one with an addition."""
+    x = torch.zeros(shape, dtype=conv.weight.dtype).contiguous(memory_format=torch.channels_last)
+    before: nn.Module = conv
+    after: nn.Module = _as_bottleneck(conv)
+    if added:
+        with torch.no_grad():
+            shortcut = conv(x)
+        before, after = _BlocksEnd(conv, shortcut), _BlocksEnd(after, shortcut)
+    return _is_faster(after, before, x)
+
+
+class _BlocksEnd(nn.Module):
+    """How a residual block ends: a convolution, the addition of the shortcut, a ReLU."""
+
+    def __init__(self, conv: nn.Module, shortcut: Tensor) -> None:
+        super().__init__()
+        self.conv, self.shortcut = conv, shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.conv, Bottleneck):
+            made: Tensor = self.conv(x, self.shortcut, relu=True)
+            return made
+        made = self.conv(x)
+        made += self.shortcut
+        return made.relu_()
+
+
+def _is_added_to(node: fx.Node, model: nn.Module) -> bool:
+    """Whether something is added to what `node` makes."""
+    while len(node.users) == 1:
+        (node,) = node.users
+        if adds(node):
+            return True
+        if node.op != "call_module" or not isinstance(
+            get_module(model, str(node.target)), nn.Identity
+        ):
+            return False
+    return False
 
 
 def speed_up_on_gpu(model: nn.Module, args: tuple[Any, ...]) -> None:
@@ -102,8 +146,8 @@ def _is_faster(after: nn.Module, before: nn.Module, x: Tensor) -> bool:
     return taken["after"].median_ms < _GAIN * taken["before"].median_ms
 
 
-def _pointwise(seen: GraphView, model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Paths and input shapes of pointwise convolutions on the CPU that are called once."""
+def _pointwise(seen: GraphView, model: nn.Module) -> Iterator[fx.Node]:
+    """Calls of pointwise convolutions on the CPU that are called once."""
     for node in seen.graph.nodes:
         if node.op != "call_module" or seen.calls(path := str(node.target)) != 1:
             continue
@@ -114,7 +158,7 @@ def _pointwise(seen: GraphView, model: nn.Module) -> Iterator[tuple[str, tuple[i
         fits = conv.weight.dtype in KERNELS and conv.weight.device.type == "cpu"
         free = not is_watched(conv) and path not in seen.foreign_reads
         if free and fits and not inside:
-            yield path, tuple(node.meta["in_shape"])
+            yield node
 
 
 def _as_bottleneck(conv: nn.Conv2d) -> Bottleneck:

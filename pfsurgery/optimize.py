@@ -9,11 +9,12 @@ from torch import nn
 from pfsurgery.example import Example, example_inputs
 from pfsurgery.fold import fold_norms
 from pfsurgery.fuse import speed_up_on_gpu, speed_up_pointwise, take_in_activations
-from pfsurgery.graph import view
+from pfsurgery.graph import GraphView, view
 from pfsurgery.measure.latency import MemoryFormat, first_tensor, in_format, latency
 from pfsurgery.modules import copied
 from pfsurgery.ops.bottleneck import Bottleneck
 from pfsurgery.record import forget
+from pfsurgery.residual import take_in_additions
 from pfsurgery.scan import refuse_wrapped
 
 
@@ -28,12 +29,13 @@ def optimize(
     Batch norm is folded into the convolution in front of it, also through a pool or a blur between
     them where that is exact, or else into a pointwise convolution right behind. Weights so small
     that they are denormal become 0: processors take a slow path for them. Fitted bottlenecks keep
-    their weights packed for the fused kernel and take in the ReLU behind them; in channels_last
-    that kernel also runs the pointwise convolutions that it is seen to run faster. On a GPU one
-    Triton kernel runs the bottlenecks that it is seen to run faster. Later changes of the weights
-    are not noticed, and what the example does not reach is not looked at; where a model chooses
-    among norms of one module, none of these is folded. Names in the state dict differ, and the copy
-    carries no record: save the model that it was made from.
+    their weights packed for the fused kernel and take in the ReLU behind them, or the addition and
+    the ReLU that end a residual block, whose forward is then another; in channels_last that kernel
+    also runs the pointwise convolutions that it is seen to run faster. On a GPU one Triton kernel
+    runs the bottlenecks that it is seen to run faster. Later changes of the weights are not
+    noticed, and what the example does not reach is not looked at; where a model chooses among norms
+    of one module, none of these is folded. Names in the state dict differ, and the copy carries no
+    record: save the model that it was made from.
 
     Args:
         model: The model; it is left as it was.
@@ -58,19 +60,27 @@ def optimize(
         if isinstance(module, Bottleneck):
             module.freeze()
     if memory_format == "fastest":
-        memory_format = _fastest(folded, args)
-    made = in_format(folded, (), memory_format)[0]
-    if memory_format == "channels_last":
-        speed_up_pointwise(seen, made)
+        made = _fastest(seen, folded, args)
+    else:
+        made = _in_format(seen, folded, memory_format)
     if first_tensor(args).is_cuda:
         speed_up_on_gpu(made, args)
     return made
 
 
-def _fastest(model: nn.Module, args: tuple[Any, ...]) -> MemoryFormat:
-    formats: tuple[MemoryFormat, ...] = ("contiguous", "channels_last")
+def _in_format(seen: GraphView, model: nn.Module, memory_format: MemoryFormat) -> nn.Module:
+    """A copy of `model` in a memory format, with what the fused kernel does better there."""
+    made = in_format(model, (), memory_format)[0]
+    if memory_format == "channels_last":
+        speed_up_pointwise(seen, made)
+    take_in_additions(seen, made)
+    return made
+
+
+def _fastest(seen: GraphView, model: nn.Module, args: tuple[Any, ...]) -> nn.Module:
     if first_tensor(args).dim() != 4:
-        return "contiguous"
-    copies: dict[str, nn.Module] = {name: in_format(model, (), name)[0] for name in formats}
+        return _in_format(seen, model, "contiguous")
+    formats: tuple[MemoryFormat, ...] = ("contiguous", "channels_last")
+    copies: dict[str, nn.Module] = {name: _in_format(seen, model, name) for name in formats}
     times = latency(copies, args, repeats=5, warmup=2)
-    return min(formats, key=lambda name: times[name].median_ms)
+    return copies[min(copies, key=lambda name: times[name].median_ms)]

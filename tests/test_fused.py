@@ -98,15 +98,17 @@ def cases(draw, inputs=ANY):
 
 
 @FAST
-@given(cases(), st.integers(0, 2**31))
-def test_a_fused_bottleneck_is_the_stock_operators(case, seed):
+@given(cases(), st.integers(0, 2**31), st.booleans(), st.booleans())
+def test_a_fused_bottleneck_is_the_stock_operators(case, seed, adds, relu):
     geometry, structure, x = case
     torch.manual_seed(seed)
     bottleneck = Bottleneck(geometry, structure)
+    size = len(x), geometry.out_channels, *geometry.output_size(tuple(x.shape[2:]))
+    added = torch.randn(size) if adds else None
     with torch.no_grad():
-        made = bottleneck(x)
+        made = bottleneck(x, added, relu=relu)
         with disabled():
-            wanted = bottleneck(x)
+            wanted = bottleneck(x, added, relu=relu)
     assert made.shape == wanted.shape
     assert made.is_contiguous(memory_format=torch.channels_last) or made.is_contiguous()
     torch.testing.assert_close(made, wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
@@ -114,18 +116,21 @@ def test_a_fused_bottleneck_is_the_stock_operators(case, seed):
 
 @needs_tiles
 @FAST
-@given(cases(st.sampled_from([32, 64, 96])), st.integers(0, 2**31), st.booleans())
-def test_a_fused_bottleneck_in_bfloat16_is_that_in_float32(case, seed, relu):
+@given(cases(st.sampled_from([32, 64, 96])), st.integers(0, 2**31), st.booleans(), st.booleans())
+def test_a_fused_bottleneck_in_bfloat16_is_that_in_float32(case, seed, adds, relu):
     """The stock operators are no measure: oneDNN's strided, dilated ones are wrong in bfloat16."""
     geometry, structure, x = case
     assume(x.shape[2:].numel() >= 16)
     torch.manual_seed(seed)
     bottleneck = Bottleneck(geometry, structure).bfloat16()
     bottleneck.relu, x = relu, x.bfloat16()
+    size = len(x), geometry.out_channels, *geometry.output_size(tuple(x.shape[2:]))
+    added = torch.randn(size).bfloat16() if adds else None
     with torch.no_grad():
-        made = bottleneck(x)
+        made = bottleneck(x, added)
         with disabled():
             wanted = step_by_step(bottleneck.float(), x.float(), torch.bfloat16)
+            wanted = wanted if added is None else wanted + added
             wanted = wanted.relu() if relu else wanted
     assert made.shape == wanted.shape
     assert made.dtype == torch.bfloat16

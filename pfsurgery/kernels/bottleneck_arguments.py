@@ -18,7 +18,9 @@ WAIST_SCRATCH, POOL_COUNT, POOL_SCRATCH = range(41, 44)
 # Of the kernel on tiles alone.
 SUMS_SCRATCH, SHAPE_SCRATCH, COLUMN_STEP = range(44, 47)
 TILES, WAIST_STARTS, WAIST_TILES = range(47, 50)
-ARGUMENTS = 50
+# Bytes from each result to what is added to it, 0 for nothing.
+ADDED = 50
+ARGUMENTS = 51
 IN_PLACE, COPY, REDUCTION = range(3)
 # Of the processor's tiles: positions, numbers of each, outputs of two side by side, and bytes of
 # what describes their shape.

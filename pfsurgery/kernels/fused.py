@@ -50,6 +50,11 @@ class Fused:
             return self._has_kernel and self._has_chunks and x.shape[2:].numel() >= at.TILE_ROWS
         return self._has_kernel
 
+    def makes(self, x: Tensor, shape: torch.Size) -> bool:
+        """Whether the output of (N, C, H, W) has this shape."""
+        rows, columns = self.geometry.output_size((x.shape[2], x.shape[3]))
+        return shape == (x.shape[0], self.geometry.out_channels, rows, columns)
+
     def pack(
         self, reduce: Tensor | None, middle: Tensor, expand: Tensor | None, bias: Tensor
     ) -> Weights:
@@ -58,16 +63,20 @@ class Fused:
             return pack_tiles(self.geometry, self.structure, reduce, middle, expand, bias)
         return pack_vectors(reduce, middle, expand, bias)
 
-    def __call__(self, x: Tensor, weights: Weights, *, relu: bool = False) -> Tensor:
+    def __call__(
+        self, x: Tensor, weights: Weights, added: Tensor | None = None, *, relu: bool = False
+    ) -> Tensor:
         """The bottleneck's output (N, C', H', W') of (N, C, H, W), in the layout of `x`.
 
         Args:
             x: The input, float32 or bfloat16 on the CPU, that `computes` says yes to.
             weights: Packed by `pack` from weights of the same kind of numbers.
-            relu: Raise negative outputs to 0.
+            added: What is added to the output, of its shape and kind.
+            relu: Raise negative outputs to 0, after that.
 
         Raises:
-            ShapeError: `x` has other channels, or is smaller than the window.
+            ShapeError: `x` has other channels, or is smaller than the window, or `added` has
+                another shape than the output.
         """
         plain = x.is_contiguous()
         x = x.contiguous(memory_format=torch.channels_last)
@@ -76,7 +85,15 @@ class Fused:
             raise ShapeError(
                 f"A bottleneck of {self.geometry.in_channels} channels was given {channels}."
             )
-        made = _run(self._program(x, -(-2 * threads() // images)), weights, x, relu)
+        program = self._program(x, -(-2 * threads() // images))
+        if added is not None:
+            if added.shape != (images, *program.shape):
+                raise ShapeError(
+                    f"{tuple(added.shape)} cannot be added to a bottleneck's output of "
+                    f"{(images, *program.shape)}."
+                )
+            added = added.contiguous(memory_format=torch.channels_last)
+        made = _run(program, weights, x, added, relu)
         return made.contiguous() if plain else made
 
     def _program(self, x: Tensor, shares: int) -> Program:
@@ -92,7 +109,7 @@ class Fused:
         return program
 
 
-def _run(program: Program, weights: Weights, x: Tensor, relu: bool) -> Tensor:
+def _run(program: Program, weights: Weights, x: Tensor, added: Tensor | None, relu: bool) -> Tensor:
     images = x.shape[0]
     out = output((images, *program.shape), x.dtype)
     units = images * program.blocks
@@ -107,6 +124,8 @@ def _run(program: Program, weights: Weights, x: Tensor, relu: bool) -> Tensor:
         arguments[at.REDUCE] = weights.reduce.data_ptr()
     arguments[at.WEIGHTS], arguments[at.EXPAND] = weights.middle.data_ptr(), last.data_ptr()
     arguments[at.BIAS], arguments[at.ZEROS] = weights.bias.data_ptr(), weights.zeros.data_ptr()
+    if added is not None:
+        arguments[at.ADDED] = added.data_ptr() - out.data_ptr()
     arguments[at.RELU] = relu
     run(compiled(*KERNELS[x.dtype]), ctypes.addressof(arguments), wanted)
     return out

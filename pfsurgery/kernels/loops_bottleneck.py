@@ -33,7 +33,7 @@ def fill(p, source, held, first):
     # fmt: off
     product(
         source, p[at.PIXELS], held, places, pixels,
-        p[at.RAMP], p[at.CHANNELS], p[at.REDUCE], p[at.ZEROS], p[at.REDUCED], _NONE,
+        p[at.RAMP], p[at.CHANNELS], p[at.REDUCE], p[at.ZEROS], p[at.REDUCED], _NONE, 0,
     )
     # fmt: on
 
@@ -72,16 +72,16 @@ def block(p, source, target, first_output, scratch):
         waist = scratch + p[at.WAIST_SCRATCH]
         product(
             held, p[at.POSITIONS], waist, p[at.WAIST_PIXELS], positions,
-            p[at.TABLE], p[at.COUNT], p[at.WEIGHTS], p[at.ZEROS], p[at.WAIST_WIDTH], _NONE,
+            p[at.TABLE], p[at.COUNT], p[at.WEIGHTS], p[at.ZEROS], p[at.WAIST_WIDTH], _NONE, 0,
         )
         product(
             waist, p[at.WAIST_PIXELS], made, p[at.TARGET_PIXELS], positions,
-            p[at.RAMP], p[at.WAIST], p[at.EXPAND], p[at.BIAS], p[at.OUTPUTS], low,
+            p[at.RAMP], p[at.WAIST], p[at.EXPAND], p[at.BIAS], p[at.OUTPUTS], low, p[at.ADDED],
         )
     else:
         product(
             held, p[at.POSITIONS], made, p[at.TARGET_PIXELS], positions,
-            p[at.TABLE], p[at.COUNT], p[at.EXPAND], p[at.BIAS], p[at.OUTPUTS], low,
+            p[at.TABLE], p[at.COUNT], p[at.EXPAND], p[at.BIAS], p[at.OUTPUTS], low, p[at.ADDED],
         )
     # fmt: on
 

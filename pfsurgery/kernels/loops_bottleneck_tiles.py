@@ -31,7 +31,7 @@ def fill(p, source, held, first, sums):
         source, p[at.PIXELS], begin * p[at.COLUMNS] // at.TILE_ROWS, until, p[at.CHANNELS] * 2,
         held - first * pitch, p[at.HELD_PIXELS], begin * pitch, end * pitch,
         p[at.RAMP], p[at.CHANNELS] // at.DEPTH,
-        p[at.REDUCE], p[at.ZEROS], p[at.WIDTH], _LOW, sums,
+        p[at.REDUCE], p[at.ZEROS], p[at.WIDTH], _LOW, sums, 0,
     )  # fmt: skip
 
 
@@ -71,19 +71,20 @@ def block(p, source, target, first_output, scratch):
         product(
             scratch, p[at.POSITIONS], 0, p[at.TILES], step,
             waist, p[at.WAIST_PIXELS], 0, _ALL,
-            p[at.TABLE], p[at.COUNT], p[at.WEIGHTS], p[at.ZEROS], p[at.WAIST_WIDTH], _LOW, sums,
+            p[at.TABLE], p[at.COUNT], p[at.WEIGHTS], p[at.ZEROS], p[at.WAIST_WIDTH], _LOW, sums, 0,
         )  # fmt: skip
         product(
             waist, p[at.WAIST_STARTS], 0, p[at.WAIST_TILES], p[at.WAIST_WIDTH] * 2,
             made, p[at.TARGET_PIXELS], 0, _ALL,
             p[at.RAMP], p[at.WAIST_WIDTH] // at.DEPTH,
-            p[at.EXPAND], p[at.BIAS], p[at.OUTPUTS], low, sums,
+            p[at.EXPAND], p[at.BIAS], p[at.OUTPUTS], low, sums, p[at.ADDED],
         )  # fmt: skip
     else:
         product(
             scratch, p[at.POSITIONS], 0, p[at.TILES], step,
             made, p[at.TARGET_PIXELS], 0, _ALL,
-            p[at.TABLE], p[at.COUNT], p[at.EXPAND], p[at.BIAS], p[at.OUTPUTS], low, sums,
+            p[at.TABLE], p[at.COUNT],
+            p[at.EXPAND], p[at.BIAS], p[at.OUTPUTS], low, sums, p[at.ADDED],
         )  # fmt: skip
 
 

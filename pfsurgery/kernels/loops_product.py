@@ -8,6 +8,7 @@ offset, and a convolution is a product over all taps. A tile of `ROWS` positions
 
 from __future__ import annotations
 
+from itertools import product as pairs
 from typing import Any
 
 from llvmlite import ir
@@ -49,10 +50,11 @@ def _tile(vectors: int) -> Any:
         bias: Any,
         outputs: Any,
         low: Any,
+        added: Any,
     ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             source, positions, target, places, used = args[:5]
-            table, count, weights, bias, outputs, low = args[5:]
+            table, count, weights, bias, outputs, low, added = args[5:]
             last = builder.sub(used, ir.Constant(INTEGER, 1))
 
             def row(number: int, base: Any, offsets: Any) -> Any:
@@ -83,18 +85,22 @@ def _tile(vectors: int) -> Any:
                         builder.store(after, sums[i][j])
             full = ir.Constant(INTEGER, (vectors - 1) * LANES)
             mask = first_lanes(builder, builder.sub(outputs, full))
+            limits = [None] * (vectors - 1) + [mask]
+            made = [row(i, target, places) for i in range(ROWS)]
+            with builder.if_then(builder.icmp_signed("!=", added, ir.Constant(INTEGER, 0))):
+                for i, j in pairs(range(ROWS), range(vectors)):
+                    there = builder.add(made[i], added)
+                    value = load(builder, there, j * LANES * SIZE, limits[j])
+                    builder.store(builder.fadd(builder.load(sums[i][j]), value), sums[i][j])
             least = splat(builder, low)
-            for i in range(ROWS):
-                made = row(i, target, places)
-                for j in range(vectors):
-                    value = builder.load(sums[i][j])
-                    below = builder.fcmp_ordered("<", value, least)
-                    value = builder.select(below, least, value)
-                    limit = mask if j == vectors - 1 else None
-                    store(builder, value, made, j * LANES * SIZE, limit)
+            for i, j in pairs(range(ROWS), range(vectors)):
+                value = builder.load(sums[i][j])
+                below = builder.fcmp_ordered("<", value, least)
+                value = builder.select(below, least, value)
+                store(builder, value, made[i], j * LANES * SIZE, limits[j])
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 10, types.float32), generate
+        return types.void(*[types.int64] * 10, types.float32, types.int64), generate
 
     return tile
 
@@ -103,7 +109,9 @@ _tile1, _tile2, _tile3, _tile4 = (_tile(vectors) for vectors in (1, 2, 3, 4))
 
 
 @njit
-def product(source, positions, target, places, rows, table, count, weights, bias, outputs, low):
+def product(
+    source, positions, target, places, rows, table, count, weights, bias, outputs, low, added
+):  # fmt: skip
     """The product at `rows` positions; everything but the counts is an address.
 
     Args:
@@ -118,6 +126,7 @@ def product(source, positions, target, places, rows, table, count, weights, bias
         bias: Of whole vectors.
         outputs: Numbers to write at each position.
         low: Smaller results are raised to this, as a ReLU does with 0.
+        added: Bytes from each result to a number that is added to it first, 0 for none.
     """
     done = 0
     while done < outputs:
@@ -127,13 +136,13 @@ def product(source, positions, target, places, rows, table, count, weights, bias
         while at < rows:
             s, t, used = positions + 8 * at, places + 8 * at, rows - at
             if vectors == 4:
-                _tile4(source, s, target, t, used, table, count, weights, bias, left, low)
+                _tile4(source, s, target, t, used, table, count, weights, bias, left, low, added)
             elif vectors == 3:
-                _tile3(source, s, target, t, used, table, count, weights, bias, left, low)
+                _tile3(source, s, target, t, used, table, count, weights, bias, left, low, added)
             elif vectors == 2:
-                _tile2(source, s, target, t, used, table, count, weights, bias, left, low)
+                _tile2(source, s, target, t, used, table, count, weights, bias, left, low, added)
             else:
-                _tile1(source, s, target, t, used, table, count, weights, bias, left, low)
+                _tile1(source, s, target, t, used, table, count, weights, bias, left, low, added)
             at += ROWS
         size = vectors * LANES
         weights += SIZE * size * count

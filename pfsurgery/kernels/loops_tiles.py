@@ -29,6 +29,7 @@ from pfsurgery.kernels.vectors import (
     at,
     first_lanes,
     load,
+    load_bfloat16,
     splat,
     store,
 )
@@ -105,28 +106,48 @@ def _multiply(
 
 
 def _finish(whole: bool) -> Any:
-    """Write the sums of one position, raised to `low`, as bfloat16: all of them, or some."""
+    """Write the sums of one position as bfloat16: all of them, or some.
+
+    Before it is rounded, a sum is added to the number that lies `added` bytes from its place, but
+    for 0, and raised to `low`.
+    """
 
     @intrinsic
-    def finish(typing_context: Any, sums: Any, outputs: Any, low: Any, target: Any) -> Any:
+    def finish(
+        typing_context: Any, sums: Any, outputs: Any, low: Any, target: Any, added: Any
+    ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            sums, outputs, low, target = args
-            least, values = splat(builder, low), []
-            for place in (0, LANES):
-                value = load(builder, sums, place * 4)
+            sums, outputs, low, target, added = args
+            limits: dict[int, Any] = {0: None, LANES: None}
+            if not whole:
+                for place in limits:
+                    left = builder.sub(outputs, ir.Constant(INTEGER, place))
+                    limits[place] = first_lanes(builder, left)
+            made = {}
+            for place in limits:
+                made[place] = cgutils.alloca_once_value(builder, load(builder, sums, place * 4))
+            with builder.if_then(builder.icmp_signed("!=", added, ir.Constant(INTEGER, 0))):
+                there = builder.add(target, added)
+                for place, limit in limits.items():
+                    more = load_bfloat16(builder, there, 2 * place, limit)
+                    total = builder.fadd(builder.load(made[place]), more)
+                    builder.store(total, made[place])
+            least, raised = splat(builder, low), []
+            for place in limits:
+                value = builder.load(made[place])
                 below = builder.fcmp_ordered("<", value, least)
-                values.append(builder.select(below, least, value))
-            rounded = _as_bfloat16(builder, *values)
+                raised.append(builder.select(below, least, value))
+            rounded = _as_bfloat16(builder, *raised)
             if whole:
                 store(builder, rounded, target)
-            for place in () if whole else (0, LANES):
+            for place, limit in () if whole else limits.items():
                 lanes = ir.Constant(ir.VectorType(INDEX, LANES), [*range(place, place + LANES)])
                 half = builder.shuffle_vector(rounded, rounded, lanes)
-                mask = first_lanes(builder, builder.sub(outputs, ir.Constant(INTEGER, place)))
-                store(builder, half, target, 2 * place, mask)
+                store(builder, half, target, 2 * place, limit)
             return context.get_dummy_value()
 
-        return types.void(types.int64, types.int64, types.float32, types.int64), generate
+        kinds = (types.int64, types.int64, types.float32, types.int64, types.int64)
+        return types.void(*kinds), generate
 
     return finish
 
@@ -137,7 +158,7 @@ _finish_all, _finish_some = _finish(True), _finish(False)
 @njit
 def product(
     source, starts, first, end, step, target, places, least, most,
-    chunks, count, weights, bias, outputs, low, sums,
+    chunks, count, weights, bias, outputs, low, sums, added,
 ):  # fmt: skip
     """The product at the positions of some tiles; everything but the counts is an address.
 
@@ -158,6 +179,7 @@ def product(
         outputs: Numbers to write at each position.
         low: Smaller results are raised to this, as a ReLU does with 0.
         sums: Memory for 32 x 32 sums.
+        added: Bytes from each result to a number that is added to it first, 0 for none.
     """
     for done in range(0, outputs, PANEL):
         for tile in range(first, end, 2):
@@ -170,9 +192,9 @@ def product(
                 if least <= place < most:
                     made = target + place + done * 2
                     if left >= PANEL:
-                        _finish_all(sums + row * _SUMS, left, low, made)
+                        _finish_all(sums + row * _SUMS, left, low, made, added)
                     else:
-                        _finish_some(sums + row * _SUMS, left, low, made)
+                        _finish_some(sums + row * _SUMS, left, low, made, added)
         weights += count * 2 * _TILE
 
 

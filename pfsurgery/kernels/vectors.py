@@ -122,11 +122,20 @@ def load_numbers(
     if kind.dtype == types.int16:
         made = builder.fpext(builder.bitcast(bits, _HALVES), VECTOR)
     else:
-        upper = builder.shl(builder.zext(bits, _INTEGERS), ir.Constant(_INTEGERS, [16] * LANES))
-        made = builder.bitcast(upper, VECTOR)
+        made = _from_upper_half(builder, bits)
     if mask is None or rest == 0:
         return made
     return builder.select(mask, made, ir.Constant(VECTOR, [rest] * LANES))
+
+
+def load_bfloat16(builder: Any, address: Any, offset: int = 0, mask: Any = None) -> Any:
+    """bfloat16 numbers as float32; those of lanes out of the mask are 0."""
+    return _from_upper_half(builder, load(builder, address, offset, mask, kind=_SHORTS))
+
+
+def _from_upper_half(builder: Any, bits: Any) -> Any:
+    upper = builder.shl(builder.zext(bits, _INTEGERS), ir.Constant(_INTEGERS, [16] * LANES))
+    return builder.bitcast(upper, VECTOR)
 
 
 def store_numbers(builder: Any, kind: Any, value: Any, address: Any, mask: Any = None) -> None:

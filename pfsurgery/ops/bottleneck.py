@@ -62,16 +62,23 @@ class Bottleneck(nn.Module):
         """Pack the weights for the fused kernel once: it sees no later change of them."""
         self._frozen = self._packed()
 
-    def forward(self, input: Tensor) -> Tensor:
-        """The bottleneck's output; with `relu`, negative numbers are raised to 0."""
-        if self._is_fused(input):
-            return self._kernel(input, self._frozen or self._packed(), relu=self.relu)
+    def forward(self, input: Tensor, added: Tensor | None = None, *, relu: bool = False) -> Tensor:
+        """The bottleneck's output (N, C', H', W').
+
+        Args:
+            input: (N, C, H, W).
+            added: What is added to the output: the shortcut of a residual block.
+            relu: Raise negative numbers to 0 at the end, even if the attribute `relu` is not set.
+        """
+        if self._is_fused(input) and (added is None or self._is_fused_with(input, added)):
+            weights = self._frozen or self._packed()
+            return self._kernel(input, weights, added, relu=relu or self.relu)
         if self.on_gpu and self._is_in_gpu_kernel(input):
-            return self.in_gpu_kernel(input)
+            return self.in_gpu_kernel(input, added, relu=relu)
         if self.reduce is not None:
             input = self.reduce(input)
-        expanded: Tensor = self.expand(self._middle(input)) if self.waist else self._middle(input)
-        return F.relu(expanded) if self.relu else expanded
+        expanded = self.expand(self._middle(input)) if self.waist else self._middle(input)
+        return _finished(expanded, added, relu or self.relu)
 
     @property
     def fits_gpu_kernel(self) -> bool:
@@ -79,7 +86,9 @@ class Bottleneck(nn.Module):
         narrow = self.waist is None or self.waist.out_channels <= WIDEST_ON_GPU
         return self.columns is not None and narrow
 
-    def in_gpu_kernel(self, x: Tensor) -> Tensor:
+    def in_gpu_kernel(
+        self, x: Tensor, added: Tensor | None = None, *, relu: bool = False
+    ) -> Tensor:
         """The output by way of the Triton kernel: the reduction, then all the rest in one.
 
         Set `on_gpu` to let `forward` do so; `optimize` sets it where it is faster.
@@ -88,6 +97,7 @@ class Bottleneck(nn.Module):
 
         assert self.columns is not None
         assert self.expand.bias is not None
+        relu = relu or self.relu
         if self.reduce is not None:
             x = self.reduce(x)
         middle = self.expand if self.waist is None else self.waist
@@ -101,9 +111,10 @@ class Bottleneck(nn.Module):
             _matrix(middle)[taps.order],
             None if self.waist is None else _matrix(self.expand).contiguous(),
             self.expand.bias.detach(),
-            relu=self.relu,
+            relu=relu and added is None,
         )
-        return made.contiguous() if x.is_contiguous() else made
+        made = made.contiguous() if x.is_contiguous() else made
+        return made if added is None else _finished(made, added, relu)
 
     def _middle(self, x: Tensor) -> Tensor:
         """The columns and the first product behind them, or the thin convolution."""
@@ -149,6 +160,15 @@ class Bottleneck(nn.Module):
             and self._goes_with(x)
         )
 
+    def _is_fused_with(self, x: Tensor, added: Tensor) -> bool:
+        return (
+            choice.why_unfused(added) is None
+            and added.dtype == x.dtype
+            and added.is_cpu
+            and not (added.requires_grad and torch.is_grad_enabled())
+            and self._kernel.makes(x, added.shape)
+        )
+
     def _is_in_gpu_kernel(self, x: Tensor) -> bool:
         return (
             x.is_cuda
@@ -174,6 +194,13 @@ class Bottleneck(nn.Module):
         reduce = None if self.reduce is None else _matrix(self.reduce)
         assert self.expand.bias is not None
         return self._kernel.pack(reduce, _matrix(middle), expand, self.expand.bias.detach())
+
+
+def _finished(made: Tensor, added: Tensor | None, relu: bool) -> Tensor:
+    """A bottleneck's output with what is added to it, negative numbers raised to 0 with `relu`."""
+    if added is not None:
+        made = made + added
+    return F.relu(made) if relu else made
 
 
 @lru_cache
