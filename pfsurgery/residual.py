@@ -128,14 +128,15 @@ def _computes_the_same(forward: MethodType, block: nn.Module, shape: tuple[int, 
 
 
 class _Tracer(fx.Tracer):
-    """Enters the modules at some paths; all others are leaves."""
+    """Enters the modules at some paths, and plain sequences; all others are leaves."""
 
     def __init__(self, entered: set[str]) -> None:
         super().__init__()
         self._entered = entered
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name not in self._entered
+        is_sequence = type(m) is nn.Sequential and not is_watched(m)
+        return not is_sequence and module_qualified_name not in self._entered
 
 
 def _traced(block: nn.Module, entered: set[str]) -> fx.Graph | None:

@@ -50,11 +50,6 @@ class Fused:
             return self._has_kernel and self._has_chunks and x.shape[2:].numel() >= at.TILE_ROWS
         return self._has_kernel
 
-    def makes(self, x: Tensor, shape: torch.Size) -> bool:
-        """Whether the output of (N, C, H, W) has this shape."""
-        rows, columns = self.geometry.output_size((x.shape[2], x.shape[3]))
-        return shape == (x.shape[0], self.geometry.out_channels, rows, columns)
-
     def pack(
         self, reduce: Tensor | None, middle: Tensor, expand: Tensor | None, bias: Tensor
     ) -> Weights:
@@ -71,12 +66,11 @@ class Fused:
         Args:
             x: The input, float32 or bfloat16 on the CPU, that `computes` says yes to.
             weights: Packed by `pack` from weights of the same kind of numbers.
-            added: What is added to the output, of its shape and kind.
-            relu: Raise negative outputs to 0, after that.
+            added: What is added to the output, of the same kind.
+            relu: Raise negative numbers to 0, after that.
 
         Raises:
-            ShapeError: `x` has other channels, or is smaller than the window, or `added` has
-                another shape than the output.
+            ShapeError: `x` has other channels, or is smaller than the window.
         """
         plain = x.is_contiguous()
         x = x.contiguous(memory_format=torch.channels_last)
@@ -88,10 +82,8 @@ class Fused:
         program = self._program(x, -(-2 * threads() // images))
         if added is not None:
             if added.shape != (images, *program.shape):
-                raise ShapeError(
-                    f"{tuple(added.shape)} cannot be added to a bottleneck's output of "
-                    f"{(images, *program.shape)}."
-                )
+                spread = self(x, weights) + added
+                return spread.relu_() if relu else spread
             added = added.contiguous(memory_format=torch.channels_last)
         made = _run(program, weights, x, added, relu)
         return made.contiguous() if plain else made

@@ -161,13 +161,10 @@ class Bottleneck(nn.Module):
         )
 
     def _is_fused_with(self, x: Tensor, added: Tensor) -> bool:
-        return (
-            choice.why_unfused(added) is None
-            and added.dtype == x.dtype
-            and added.is_cpu
-            and not (added.requires_grad and torch.is_grad_enabled())
-            and self._kernel.makes(x, added.shape)
-        )
+        """Whether the kernel may add `added`, given that it computes the output of `x`."""
+        tracked = torch.is_grad_enabled() and added.requires_grad
+        plain = type(added) is Tensor and added.is_cpu and added.dtype == x.dtype
+        return plain and not tracked
 
     def _is_in_gpu_kernel(self, x: Tensor) -> bool:
         return (
