@@ -15,7 +15,7 @@ from pfsurgery.kernels.fused import KERNELS
 from pfsurgery.measure.latency import latency
 from pfsurgery.modules import get_module, is_pointwise, is_watched, set_module
 from pfsurgery.ops.bottleneck import Bottleneck
-from pfsurgery.residual import adds
+from pfsurgery.residual import adds, reader
 from pfsurgery.rewrite import inherit
 from pfsurgery.sites import Geometry, geometry_of
 from pfsurgery.structure import Run, Structure
@@ -64,7 +64,9 @@ def speed_up_pointwise(seen: GraphView, model: nn.Module) -> None:
     for node in _pointwise(seen, model):
         conv = get_module(model, path := str(node.target))
         assert isinstance(conv, nn.Conv2d)
-        key = (geometry_of(conv), tuple(node.meta["in_shape"]), _is_added_to(node, model))
+        follows = reader(node, model)
+        added = follows is not None and adds(follows)
+        key = (geometry_of(conv), tuple(node.meta["in_shape"]), added)
         if key not in faster:
             faster[key] = _is_faster_in_kernel(conv, *key[1:])
         if faster[key]:
@@ -94,24 +96,10 @@ class _BlocksEnd(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.conv, Bottleneck):
-            made: Tensor = self.conv(x, self.shortcut, relu=True)
-            return made
-        made = self.conv(x)
+            return self.conv.fused(x, self.shortcut, relu=True)
+        made: Tensor = self.conv(x)
         made += self.shortcut
         return made.relu_()
-
-
-def _is_added_to(node: fx.Node, model: nn.Module) -> bool:
-    """Whether something is added to what `node` makes."""
-    while len(node.users) == 1:
-        (node,) = node.users
-        if adds(node):
-            return True
-        if node.op != "call_module" or not isinstance(
-            get_module(model, str(node.target)), nn.Identity
-        ):
-            return False
-    return False
 
 
 def speed_up_on_gpu(model: nn.Module, args: tuple[Any, ...]) -> None:

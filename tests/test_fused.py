@@ -103,12 +103,18 @@ def test_a_fused_bottleneck_is_the_stock_operators(case, seed, adds, relu):
     geometry, structure, x = case
     torch.manual_seed(seed)
     bottleneck = Bottleneck(geometry, structure)
+    bottleneck.summed, bottleneck.raised = adds, relu
     size = len(x), geometry.out_channels, *geometry.output_size(tuple(x.shape[2:]))
-    added = torch.randn(size) if adds else None
+    more = torch.randn(size)
+
+    def block():
+        made = bottleneck(x) + more if adds else bottleneck(x)
+        return torch.relu(made) if relu else made
+
     with torch.no_grad():
-        made = bottleneck(x, added, relu=relu)
+        made = block()
         with disabled():
-            wanted = bottleneck(x, added, relu=relu)
+            wanted = block()
     assert made.shape == wanted.shape
     assert made.is_contiguous(memory_format=torch.channels_last) or made.is_contiguous()
     torch.testing.assert_close(made, wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
@@ -123,14 +129,14 @@ def test_a_fused_bottleneck_in_bfloat16_is_that_in_float32(case, seed, adds, rel
     assume(x.shape[2:].numel() >= 16)
     torch.manual_seed(seed)
     bottleneck = Bottleneck(geometry, structure).bfloat16()
-    bottleneck.relu, x = relu, x.bfloat16()
+    bottleneck.relu, bottleneck.summed, x = relu, adds, x.bfloat16()
     size = len(x), geometry.out_channels, *geometry.output_size(tuple(x.shape[2:]))
-    added = torch.randn(size).bfloat16() if adds else None
+    more = torch.randn(size).bfloat16()
     with torch.no_grad():
-        made = bottleneck(x, added)
+        made = bottleneck(x) + more if adds else bottleneck(x)
         with disabled():
             wanted = step_by_step(bottleneck.float(), x.float(), torch.bfloat16)
-            wanted = wanted if added is None else wanted + added
+            wanted = wanted + more if adds else wanted
             wanted = wanted.relu() if relu else wanted
     assert made.shape == wanted.shape
     assert made.dtype == torch.bfloat16

@@ -107,6 +107,8 @@ def _why_not(x: Tensor) -> str | None:
         return "kernels are switched off by `disabled`"
     if x.ndim != 4:
         return f"the input has {x.ndim} dimensions, not 4"
+    if x.is_neg():
+        return "the input is a view that negates lazily"
     if x.is_cpu:
         if x.dtype in _NARROW and torch.backends.cpu.get_cpu_capability() != "AVX512":
             return f"CPU kernels compute in {_kind(x)} on processors with AVX-512 only"

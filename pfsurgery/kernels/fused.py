@@ -72,8 +72,7 @@ class Fused:
         Raises:
             ShapeError: `x` has other channels, or is smaller than the window.
         """
-        plain = x.is_contiguous()
-        x = x.contiguous(memory_format=torch.channels_last)
+        laid_out = x.contiguous(memory_format=torch.channels_last)
         images, channels = x.shape[:2]
         if channels != self.geometry.in_channels:
             raise ShapeError(
@@ -85,8 +84,8 @@ class Fused:
                 spread = self(x, weights) + added
                 return spread.relu_() if relu else spread
             added = added.contiguous(memory_format=torch.channels_last)
-        made = _run(program, weights, x, added, relu)
-        return made.contiguous() if plain else made
+        made = _run(program, weights, laid_out, added, relu)
+        return made.contiguous() if x.is_contiguous() else made
 
     def _program(self, x: Tensor, shares: int) -> Program:
         tiled, rows, columns = x.dtype == torch.bfloat16, *x.shape[2:]

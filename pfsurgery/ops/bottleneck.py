@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from pfsurgery.kernels.fused_layout import Weights
 from pfsurgery.modules import is_watched
 from pfsurgery.ops.base import Op, Support, register_op
 from pfsurgery.ops.columns import Columns
+from pfsurgery.ops.pending import Pending
 from pfsurgery.ops.window import Window
 from pfsurgery.sites import Geometry, Site
 from pfsurgery.structure import Structure
@@ -33,6 +34,8 @@ class Bottleneck(nn.Module):
 
     Attributes:
         relu: Raise negative outputs to 0.
+        summed: Nothing but an addition reads the output, so that the kernel may add.
+        raised: Nothing but a ReLU reads the sum.
         on_gpu: Let one Triton kernel compute what it can on a GPU; `optimize` times it first.
     """
 
@@ -54,7 +57,7 @@ class Bottleneck(nn.Module):
                 self.waist = nn.Conv2d(structure.columns, structure.waist, 1, bias=False)
         last = structure.waist or structure.columns
         self.expand = nn.Conv2d(last, outputs, 1)
-        self.relu = False
+        self.relu = self.summed = self.raised = False
         self._kernel = Fused(geometry, structure)
         self._frozen: Weights | None = None
 
@@ -62,23 +65,32 @@ class Bottleneck(nn.Module):
         """Pack the weights for the fused kernel once: it sees no later change of them."""
         self._frozen = self._packed()
 
-    def forward(self, input: Tensor, added: Tensor | None = None, *, relu: bool = False) -> Tensor:
-        """The bottleneck's output (N, C', H', W').
+    def forward(self, input: Tensor) -> Tensor:
+        """The bottleneck's output; with `relu`, negative numbers are raised to 0.
 
-        Args:
-            input: (N, C, H, W).
-            added: What is added to the output: the shortcut of a residual block.
-            relu: Raise negative numbers to 0 at the end, even if the attribute `relu` is not set.
+        Where the kernel runs, and `summed` is set, it is computed when it is read.
         """
-        if self._is_fused(input) and (added is None or self._is_fused_with(input, added)):
-            weights = self._frozen or self._packed()
-            return self._kernel(input, weights, added, relu=relu or self.relu)
+        if self._is_fused(input):
+            if self.summed and not is_watched(self):
+                return cast("Tensor", Pending(self.fused, input, raised=self.raised))
+            return self.fused(input)
         if self.on_gpu and self._is_in_gpu_kernel(input):
-            return self.in_gpu_kernel(input, added, relu=relu)
+            return self.in_gpu_kernel(input)
         if self.reduce is not None:
             input = self.reduce(input)
-        expanded = self.expand(self._middle(input)) if self.waist else self._middle(input)
-        return _finished(expanded, added, relu or self.relu)
+        expanded: Tensor = self.expand(self._middle(input)) if self.waist else self._middle(input)
+        return F.relu(expanded) if self.relu else expanded
+
+    def fused(self, x: Tensor, added: Tensor | None = None, relu: bool = False) -> Tensor:
+        """The output by way of the CPU's kernel.
+
+        Args:
+            x: (N, C, H, W), of a kind that the kernel computes.
+            added: What is added to the output (N, C', H', W').
+            relu: Raise negative numbers to 0 after that, even if the attribute is not set.
+        """
+        weights = self._frozen or self._packed()
+        return self._kernel(x, weights, added, relu=relu or self.relu)
 
     @property
     def fits_gpu_kernel(self) -> bool:
@@ -86,9 +98,7 @@ class Bottleneck(nn.Module):
         narrow = self.waist is None or self.waist.out_channels <= WIDEST_ON_GPU
         return self.columns is not None and narrow
 
-    def in_gpu_kernel(
-        self, x: Tensor, added: Tensor | None = None, *, relu: bool = False
-    ) -> Tensor:
+    def in_gpu_kernel(self, x: Tensor) -> Tensor:
         """The output by way of the Triton kernel: the reduction, then all the rest in one.
 
         Set `on_gpu` to let `forward` do so; `optimize` sets it where it is faster.
@@ -97,7 +107,6 @@ class Bottleneck(nn.Module):
 
         assert self.columns is not None
         assert self.expand.bias is not None
-        relu = relu or self.relu
         if self.reduce is not None:
             x = self.reduce(x)
         middle = self.expand if self.waist is None else self.waist
@@ -111,10 +120,9 @@ class Bottleneck(nn.Module):
             _matrix(middle)[taps.order],
             None if self.waist is None else _matrix(self.expand).contiguous(),
             self.expand.bias.detach(),
-            relu=relu and added is None,
+            relu=self.relu,
         )
-        made = made.contiguous() if x.is_contiguous() else made
-        return made if added is None else _finished(made, added, relu)
+        return made.contiguous() if x.is_contiguous() else made
 
     def _middle(self, x: Tensor) -> Tensor:
         """The columns and the first product behind them, or the thin convolution."""
@@ -160,12 +168,6 @@ class Bottleneck(nn.Module):
             and self._goes_with(x)
         )
 
-    def _is_fused_with(self, x: Tensor, added: Tensor) -> bool:
-        """Whether the kernel may add `added`, given that it computes the output of `x`."""
-        tracked = torch.is_grad_enabled() and added.requires_grad
-        plain = type(added) is Tensor and added.is_cpu and added.dtype == x.dtype
-        return plain and not tracked
-
     def _is_in_gpu_kernel(self, x: Tensor) -> bool:
         return (
             x.is_cuda
@@ -191,13 +193,6 @@ class Bottleneck(nn.Module):
         reduce = None if self.reduce is None else _matrix(self.reduce)
         assert self.expand.bias is not None
         return self._kernel.pack(reduce, _matrix(middle), expand, self.expand.bias.detach())
-
-
-def _finished(made: Tensor, added: Tensor | None, relu: bool) -> Tensor:
-    """A bottleneck's output with what is added to it, negative numbers raised to 0 with `relu`."""
-    if added is not None:
-        made = made + added
-    return F.relu(made) if relu else made
 
 
 @lru_cache
