@@ -39,7 +39,7 @@ class Bottleneck(nn.Module):
         on_gpu: Let one Triton kernel compute what it can on a GPU; `optimize` times it first.
     """
 
-    on_gpu = False
+    on_gpu = summed = raised = False
 
     def __init__(self, geometry: Geometry, structure: Structure) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Bottleneck(nn.Module):
                 self.waist = nn.Conv2d(structure.columns, structure.waist, 1, bias=False)
         last = structure.waist or structure.columns
         self.expand = nn.Conv2d(last, outputs, 1)
-        self.relu = self.summed = self.raised = False
+        self.relu = False
         self._kernel = Fused(geometry, structure)
         self._frozen: Weights | None = None
 
