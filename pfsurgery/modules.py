@@ -64,8 +64,13 @@ def _replace_in_containers(parent: nn.Module, old: nn.Module, new: nn.Module) ->
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether a forward hook watches `module`."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    """Whether a hook watches what `module` reads or makes, or the gradients."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def is_pointwise(conv: nn.Conv2d) -> bool:

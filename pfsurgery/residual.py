@@ -48,7 +48,8 @@ def take_in_additions(seen: GraphView, model: nn.Module) -> None:
             continue
         bottleneck.summed = True
         relu = reader(addition, model)
-        bottleneck.raised = relu is not None and _raises(relu, owner, seen, model)
+        at_once = relu is not None and _is_next(relu, addition, model)
+        bottleneck.raised = relu is not None and at_once and _raises(relu, owner, seen, model)
 
 
 def adds(node: fx.Node) -> bool:
@@ -101,10 +102,7 @@ def _may_wait(
     path: str, bottleneck: fx.Node, addition: fx.Node, seen: GraphView, model: nn.Module
 ) -> bool:
     """Whether nothing that runs up to the addition can change what the bottleneck reads."""
-    node = bottleneck.next
-    while _is_plain(node, nn.Identity, model):
-        node = node.next
-    if node is addition:
+    if _is_next(addition, bottleneck, model):
         return True
     calls = seen.passes.get(path)
     source = calls[0].source if calls else bottleneck.args[0]
@@ -112,6 +110,14 @@ def _may_wait(
         return False
     inside = [user for user in source.users if user is bottleneck or _is_inside(user, path)]
     return len(inside) == len(source.users) and _is_fresh(source, model)
+
+
+def _is_next(node: fx.Node, before: fx.Node, model: nn.Module) -> bool:
+    """Whether nothing but identities runs between two nodes."""
+    before = before.next
+    while _is_plain(before, nn.Identity, model):
+        before = before.next
+    return before is node
 
 
 def _is_inside(node: fx.Node, path: str) -> bool:

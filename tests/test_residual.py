@@ -108,6 +108,14 @@ def changed_before(block, x):
     return made + x
 
 
+def changed_after(block, x):
+    """What is added is changed before the ReLU."""
+    x = x * 1
+    made = block.conv(block.act(x * 2)) + x
+    x.mul_(3)
+    return made.relu()
+
+
 def changed_under_another_name(block, x):
     x = x * 1
     made = block.conv(block.passing(x))
@@ -143,6 +151,7 @@ def without_gradient(block, x):
 LEFT = {
     "shortcut in place": shortcut_in_place,
     "changed before": changed_before,
+    "changed after": changed_after,
     "changed under another name": changed_under_another_name,
     "read twice": read_twice,
     "with itself": lambda block, x: (made := block.conv(x)) + made,

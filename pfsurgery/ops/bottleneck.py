@@ -149,8 +149,6 @@ class Bottleneck(nn.Module):
                 continue
             if type(conv) not in kinds or is_watched(conv):
                 return False
-            if conv._backward_hooks or conv._backward_pre_hooks:
-                return False
         return True
 
     def _goes_with(self, x: Tensor) -> bool:
