@@ -5,7 +5,7 @@ Run as a script to train what is missing; import `load_net` and `load_images` to
     python benchmarks/base_nets.py --data DIR --cache DIR --net basic
 
 `DIR` of the data holds `train.tar` and `val.tar`, JPEG files in one folder a class. Accuracy is
-counted on all 10,000 validation images. A core needs 20 minutes to an hour a network, so two
+counted on all 10,000 validation images. A core needs ten minutes to an hour a network, so they
 are kept in `bases/`, kernels in float16, by `--keep`.
 """
 
