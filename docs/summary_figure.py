@@ -20,6 +20,7 @@ METHODS = (
     ("Torch-Pruning, norms re-estimated", "Torch-Pruning, norms re-estimated", "#b9c2c7", "^--"),
 )
 BATCH = 8
+IMAGES = 2000
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
         _finish(axes, what, found["base_top1"])
     left.set_ylabel("top-1 on CIFAR-10, %", fontsize=9)
     left.legend(frameon=False, fontsize=7.5, loc="lower right")
-    figure.suptitle("2,000 unlabelled images, no gradient step", fontsize=10)
+    figure.suptitle(f"{IMAGES:,} unlabelled images, no gradient step", fontsize=10)
     figure.savefig(DOCS / "images" / "summary.png", metadata={"Software": None})
 
 
@@ -50,6 +51,7 @@ def _rows(found: dict[str, Any], stage: str, method: str) -> dict[float, dict[st
         for row in found["rows"]
         if (row["stage"], row.get("method")) == (stage, method)
         and row.get("batch", BATCH) == BATCH
+        and row.get("images", IMAGES) == IMAGES
         and row.get("dtype", "float32") == "float32"
     }
 
