@@ -15,7 +15,7 @@ from pfsurgery.kernels.fused import KERNELS
 from pfsurgery.measure.latency import latency
 from pfsurgery.modules import get_module, is_pointwise, is_watched, set_module
 from pfsurgery.ops.bottleneck import Bottleneck
-from pfsurgery.residual import adds, reader
+from pfsurgery.residual import LastReLU, adds, is_plain_call, reader
 from pfsurgery.rewrite import inherit
 from pfsurgery.sites import Geometry, geometry_of
 from pfsurgery.structure import Run, Structure
@@ -38,20 +38,12 @@ def take_in_activations(seen: GraphView, model: nn.Module) -> None:
 
 def _relu_after(node: fx.Node, seen: GraphView, model: nn.Module) -> str | None:
     """The ReLU that reads what `node` makes, with nothing between; both are called once."""
-    bottleneck = str(node.target).removesuffix(".expand")
-    if seen.calls(str(node.target)) != 1:
+    relu = reader(node, model)
+    if relu is None or not is_plain_call(relu, nn.ReLU, model):
         return None
-    while len(node.users) == 1:
-        (node,) = node.users
-        if node.op != "call_module" or len(node.args) != 1:
-            return None
-        path = str(node.target)
-        module = get_module(model, path)
-        if type(module) is nn.ReLU and seen.calls(path) == 1 and not is_watched(module):
-            return None if is_seen_between(bottleneck, path, model) else path
-        if not isinstance(module, nn.Identity) or is_watched(module):
-            return None
-    return None
+    path, bottleneck = str(relu.target), str(node.target).removesuffix(".expand")
+    once = seen.calls(str(node.target)) == seen.calls(path) == 1
+    return path if once and not is_seen_between(bottleneck, path, model) else None
 
 
 def speed_up_pointwise(seen: GraphView, model: nn.Module) -> None:
@@ -78,13 +70,13 @@ def speed_up_pointwise(seen: GraphView, model: nn.Module) -> None:
 def _is_faster_in_kernel(conv: nn.Conv2d, shape: tuple[int, ...], added: bool) -> bool:
     """Whether the kernel computes a pointwise convolution faster, or one with an addition."""
     x = torch.zeros(shape, dtype=conv.weight.dtype).contiguous(memory_format=torch.channels_last)
-    before: nn.Module = conv
-    after: nn.Module = _as_bottleneck(conv)
-    if added:
-        with torch.no_grad():
-            shortcut = conv(x)
-        before, after = _BlocksEnd(conv, shortcut), _BlocksEnd(after, shortcut)
-    return _is_faster(after, before, x)
+    made = _as_bottleneck(conv)
+    if not added:
+        return _is_faster(made, conv, x)
+    made.summed = made.raised = True
+    with torch.no_grad():
+        shortcut = conv(x)
+    return _is_faster(_BlocksEnd(made, shortcut), _BlocksEnd(conv, shortcut), x)
 
 
 class _BlocksEnd(nn.Module):
@@ -92,14 +84,13 @@ class _BlocksEnd(nn.Module):
 
     def __init__(self, conv: nn.Module, shortcut: Tensor) -> None:
         super().__init__()
-        self.conv, self.shortcut = conv, shortcut
+        self.conv, self.shortcut, self.relu = conv, shortcut, LastReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.conv, Bottleneck):
-            return self.conv.fused(x, self.shortcut, relu=True)
-        made: Tensor = self.conv(x)
+        made = self.conv(x)
         made += self.shortcut
-        return made.relu_()
+        raised: Tensor = self.relu(made)
+        return raised
 
 
 def speed_up_on_gpu(model: nn.Module, args: tuple[Any, ...]) -> None:

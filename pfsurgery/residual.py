@@ -48,8 +48,8 @@ def take_in_additions(seen: GraphView, model: nn.Module) -> None:
             continue
         bottleneck.summed = True
         relu = reader(addition, model)
-        at_once = relu is not None and _is_next(relu, addition, model)
-        bottleneck.raised = relu is not None and at_once and _raises(relu, owner, seen, model)
+        if relu is not None and _is_next(relu, addition, model):
+            bottleneck.raised = _raises(relu, owner, seen, model)
 
 
 def adds(node: fx.Node) -> bool:
@@ -61,7 +61,7 @@ def reader(node: fx.Node, model: nn.Module) -> fx.Node | None:
     """The only node that reads what `node` makes, behind identities that nobody watches."""
     while len(node.users) == 1:
         (node,) = node.users
-        if not _is_plain(node, nn.Identity, model):
+        if not is_plain_call(node, nn.Identity, model):
             return node
     return None
 
@@ -71,7 +71,7 @@ def _raises(relu: fx.Node, owner: str, seen: GraphView, model: nn.Module) -> boo
     if relu.op == "call_function":
         return _name(relu) in _RELUS
     path = str(relu.target)
-    if not _is_plain(relu, nn.ReLU, model) or _is_seen_leaving(path, owner, model):
+    if not is_plain_call(relu, nn.ReLU, model) or _is_seen_leaving(path, owner, model):
         return False
     module = get_module(model, path)
     assert isinstance(module, nn.ReLU)
@@ -84,7 +84,7 @@ def _name(node: fx.Node) -> str:
     return getattr(node.target, "__name__", "")
 
 
-def _is_plain(node: fx.Node, kind: type[nn.Module], model: nn.Module) -> bool:
+def is_plain_call(node: fx.Node, kind: type[nn.Module], model: nn.Module) -> bool:
     """Whether a node calls a module of this very class that nobody watches."""
     if node.op != "call_module" or len(node.args) != 1:
         return False
@@ -115,7 +115,7 @@ def _may_wait(
 def _is_next(node: fx.Node, before: fx.Node, model: nn.Module) -> bool:
     """Whether nothing but identities runs between two nodes."""
     before = before.next
-    while _is_plain(before, nn.Identity, model):
+    while is_plain_call(before, nn.Identity, model):
         before = before.next
     return before is node
 
