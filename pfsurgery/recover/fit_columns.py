@@ -56,30 +56,31 @@ def select_columns(
     most = min(most, len(gram))
     basis = gram.new_zeros(most, len(gram))
     free = torch.ones_like(left, dtype=torch.bool)
+    taken = torch.zeros_like(free)
     order: list[int] = []
     removed: list[Tensor] = []
-    ahead, rows = torch.empty(0, dtype=torch.long), gram.new_empty(0, len(gram))
+    ahead, rows, known = torch.empty(0, dtype=torch.long), gram, dict[int, int]()
     for b in range(most):
-        usable = free & (left > least)
         power = torch.linalg.vector_norm(rest, dim=1).square()
-        score = torch.where(usable, power / left.clamp(min=1e-300), -1.0)
+        score = torch.where(free & (left > least), power / left.clamp(min=1e-300), -1.0)
         j = int(score.argmax())
-        if not bool(usable[j]):
+        if float(score[j]) < 0:
             break
-        if j not in ahead:  # one pass over the basis serves all that are likely to follow
+        if j not in known:  # one pass over the basis serves all that are likely to follow
             score[j] = torch.inf  # it is one of them, though many be equal
             ahead = score.topk(min(_AHEAD, len(score))).indices
             rows = gram[ahead] - basis[:b, ahead].T @ basis[:b]
-        row = rows[ahead == j][0]
+            known = {column: place for place, column in enumerate(ahead.tolist())}
+        deviation = left[j].sqrt()
+        row = rows[known[j]].masked_fill(taken, 0.0)
         row[j] = left[j]
-        row[torch.tensor(order, dtype=torch.long)] = 0
-        row = row / left[j].sqrt()
+        row /= deviation
         rows.addcmul_(row[ahead, None], row, value=-1)
-        share = rest[j] / left[j].sqrt()
+        share = rest[j] / deviation
         rest.addcmul_(row[:, None], share, value=-1)
         left -= row.square()
         basis[b] = row
-        free[j] = False
+        free[j], taken[j] = False, True
         if exclusive is not None:
             free &= exclusive != exclusive[j]
         order.append(j)
