@@ -120,6 +120,22 @@ def test_a_fused_bottleneck_is_the_stock_operators(case, seed, adds, relu):
     torch.testing.assert_close(made, wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
+@FAST
+@given(cases(), st.integers(4, 19), st.integers(1, 2))
+def test_an_image_is_not_changed_by_those_beside_it(case, images, threads):
+    """A thread takes several small images at a time, and there may be too few for the last."""
+    geometry, structure, x = case
+    x = torch.randn(images, *x.shape[1:]).to(memory_format=torch.channels_last)
+    bottleneck, before = Bottleneck(geometry, structure), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        made = bottleneck.fused(x)
+    finally:
+        torch.set_num_threads(before)
+    alone = torch.cat([bottleneck.fused(image[None]) for image in x])
+    assert torch.equal(made, alone)
+
+
 @needs_tiles
 @FAST
 @given(cases(st.sampled_from([32, 64, 96])), st.integers(0, 2**31), st.booleans(), st.booleans())

@@ -20,7 +20,9 @@ SUMS_SCRATCH, SHAPE_SCRATCH, COLUMN_STEP = range(44, 47)
 TILES, WAIST_STARTS, WAIST_TILES = range(47, 50)
 # Bytes from each result to what is added to it, 0 for nothing.
 ADDED = 50
-ARGUMENTS = 51
+# How many images there are, and how many a thread takes at a time.
+IMAGES, GROUP = 51, 52
+ARGUMENTS = 53
 IN_PLACE, COPY, REDUCTION = range(3)
 # Of the processor's tiles: positions, numbers of each, outputs of two side by side, and bytes of
 # what describes their shape.

@@ -19,7 +19,7 @@ from pfsurgery.kernels.threads import run, threads
 from pfsurgery.sites import Geometry
 from pfsurgery.structure import Structure
 
-_PROGRAMS = 8  # image sizes that a bottleneck remembers
+_PROGRAMS = 8  # shapes of inputs that a bottleneck remembers
 KERNELS = {
     torch.float32: ("loops_bottleneck", "bottleneck_float32"),
     torch.bfloat16: ("loops_bottleneck_tiles", "bottleneck_bfloat16"),
@@ -28,14 +28,14 @@ _Arguments = ctypes.c_int64 * at.ARGUMENTS
 
 
 class Fused:
-    """A bottleneck's programs, one for each size of image and kind of numbers seen lately.
+    """A bottleneck's programs, one for each shape and kind of numbers seen lately.
 
     Copies start without programs: these hold addresses.
     """
 
     def __init__(self, geometry: Geometry, structure: Structure) -> None:
         self.geometry, self.structure = geometry, structure
-        self.programs: dict[tuple[bool, int, int, int], Program] = {}
+        self.programs: dict[tuple[bool, int, tuple[int, int, int]], Program] = {}
         pooled = any(run.kind != "tap" for run in structure.runs)
         self._has_kernel = not (structure.reduce and pooled)  # which pools what it is given
         self._has_chunks = geometry.in_channels % at.DEPTH == 0
@@ -78,7 +78,7 @@ class Fused:
             raise ShapeError(
                 f"A bottleneck of {self.geometry.in_channels} channels was given {channels}."
             )
-        program = self._program(x, -(-2 * threads() // images))
+        program = self._program(x, threads())
         if added is not None:
             if added.shape != (images, *program.shape):
                 spread = self(x, weights) + added
@@ -87,27 +87,24 @@ class Fused:
         made = _run(program, weights, laid_out, added, relu)
         return made.contiguous() if x.is_contiguous() else made
 
-    def _program(self, x: Tensor, shares: int) -> Program:
-        tiled, rows, columns = x.dtype == torch.bfloat16, *x.shape[2:]
-        key = (tiled, rows, columns, shares)
+    def _program(self, x: Tensor, workers: int) -> Program:
+        tiled, shape = x.dtype == torch.bfloat16, (x.shape[0], x.shape[2], x.shape[3])
+        key = (tiled, workers, shape)
         program = self.programs.get(key)
         if program is None:
             if len(self.programs) >= _PROGRAMS:
                 self.programs.clear()
             make = tile_program if tiled else vector_program
-            program = make(self.geometry, self.structure, rows, columns, shares)
+            program = make(self.geometry, self.structure, shape, workers)
             self.programs[key] = program
         return program
 
 
 def _run(program: Program, weights: Weights, x: Tensor, added: Tensor | None, relu: bool) -> Tensor:
-    images = x.shape[0]
-    out = output((images, *program.shape), x.dtype)
-    units = images * program.blocks
-    wanted = min(threads(), units)
+    out = output((x.shape[0], *program.shape), x.dtype)
+    wanted = min(threads(), program.units)
     scratch = torch.empty(wanted * program.scratch, dtype=x.dtype)
     arguments = _Arguments.from_buffer_copy(program.arguments)
-    arguments[at.UNITS] = units
     arguments[at.SOURCE], arguments[at.TARGET] = x.data_ptr(), out.data_ptr()
     arguments[at.SCRATCH] = scratch.data_ptr()
     last = weights.middle if weights.expand is None else weights.expand

@@ -44,14 +44,14 @@ class Program:
         arguments: The kernel's arguments; those that change from call to call are 0.
         tables: Tensors whose addresses are among the arguments.
         shape: Channels, rows and columns of an output.
-        blocks: Blocks of an image.
+        units: Blocks of all images, or groups of images.
         scratch: Numbers of scratch memory for one thread.
     """
 
     arguments: bytes
     tables: tuple[Tensor, ...]
     shape: tuple[int, int, int]
-    blocks: int
+    units: int
     scratch: int
 
 
@@ -98,13 +98,26 @@ class Sizes:
             block = -(-block // 2)
         return block
 
-    def scratch(self, block: int) -> tuple[int, int, int]:
+    def group(self, block: int, images: int, workers: int) -> int:
+        """Images that are worked on together where one is a single block.
+
+        As many as stay in the cache and let the workers end together. The rows of tiles that go
+        beyond the positions are lost once for all of them, and the weights are read once.
+        """
+        if block < self.rows:
+            return 1
+        read = self.held_rows(block) * self.held_columns * self.width
+        most = _BLOCK // (read + block * self.columns * self.waist)
+        sizes = range(1, max(1, min(most, images // (2 * workers))) + 1)
+        return min(sizes, key=lambda size: (-(-images // (size * workers)) * size, -size))
+
+    def scratch(self, block: int, group: int = 1) -> tuple[int, int, int]:
         """Numbers of scratch memory: what is held, the waist, the rows of a pool."""
         rows = self.held_rows(block)
         held = 0 if self.fill == at.IN_PLACE else rows * self.held_columns * self.width
         return (
-            held,
-            block * self.columns * self.waist,
+            group * held,
+            group * block * self.columns * self.waist,
             self.pooled * self.held_columns * (rows + 3),
         )
 
@@ -187,7 +200,6 @@ def program(
     arguments: Mapping[int, int],
     tables: Mapping[int, Tensor],
     shape: tuple[int, int, int],
-    blocks: int,
     scratch: int,
 ) -> Program:
     """A program of some arguments and of the addresses of some tables."""
@@ -196,13 +208,20 @@ def program(
         given[place] = value
     for place, table in tables.items():
         given[place] = table.data_ptr()
-    return Program(bytes(given), tuple(tables.values()), shape, blocks, scratch)
+    units = arguments[at.UNITS]
+    return Program(bytes(given), tuple(tables.values()), shape, units, scratch)
 
 
-def common(geometry: Geometry, sizes: Sizes, block: int, image: tuple[int, int]) -> dict[int, int]:
+def common(
+    geometry: Geometry, sizes: Sizes, block: int, image: tuple[int, int], images: int, group: int
+) -> dict[int, int]:
     """The arguments that all kernels read, for images of `image` pixels in blocks of rows."""
+    blocks = -(-sizes.rows // block)
     return {
-        at.BLOCKS: -(-sizes.rows // block),
+        at.UNITS: -(-images // group) * blocks,
+        at.IMAGES: images,
+        at.GROUP: group,
+        at.BLOCKS: blocks,
         at.BLOCK_ROWS: block,
         at.ROWS: image[0],
         at.COLUMNS: image[1],

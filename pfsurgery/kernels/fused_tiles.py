@@ -111,19 +111,20 @@ def _width(structure: Structure, inputs: int) -> int:
 
 
 def tile_program(
-    geometry: Geometry, structure: Structure, rows: int, columns: int, shares: int
+    geometry: Geometry, structure: Structure, shape: tuple[int, int, int], workers: int
 ) -> Program:
-    """The program for images of `rows` x `columns`, each cut into `shares` blocks or more."""
+    """The program for so many images of so many rows and columns, and that many threads."""
+    images, rows, columns = shape
     sizes = measured(geometry, structure, rows, columns, DEPTH)
     sizes = replace(sizes, width=_width(structure, sizes.inputs))
     if sizes.fill == at.IN_PLACE:
         sizes = replace(sizes, fill=at.COPY)  # a tile may reach behind the last pixel
-    block, step = sizes.block(shares), geometry.stride[1] * sizes.width
+    block, step = sizes.block(-(-2 * workers // images)), geometry.stride[1] * sizes.width
     held, waist, pools = sizes.scratch(block)
     held, waist, pools = held + TILE_ROWS * step, waist + TILE_ROWS * sizes.waist, 2 * pools
     scratch = rounded(held + waist + _SUMS + 2 * _SHAPE + pools, DEPTH)
     tables = _tables(geometry, structure, sizes, block, (rows, columns))
-    arguments = common(geometry, sizes, block, (rows, columns)) | {
+    arguments = common(geometry, sizes, block, (rows, columns), images, group=1) | {
         at.SCRATCH_SIZE: scratch * _SIZE,
         at.COUNT: len(tables[at.TABLE]),
         at.WAIST: structure.waist or 0,
@@ -136,8 +137,8 @@ def tile_program(
         at.WAIST_TILES: len(tables[at.WAIST_STARTS]),
         at.COLUMN_STEP: step * _SIZE,
     }
-    shape = (geometry.out_channels, sizes.rows, sizes.columns)
-    return program(arguments, tables, shape, arguments[at.BLOCKS], scratch)
+    made = (geometry.out_channels, sizes.rows, sizes.columns)
+    return program(arguments, tables, made, scratch)
 
 
 def _tables(

@@ -49,14 +49,16 @@ def _pack(matrix: Tensor) -> Tensor:
 
 
 def vector_program(
-    geometry: Geometry, structure: Structure, rows: int, columns: int, shares: int
+    geometry: Geometry, structure: Structure, shape: tuple[int, int, int], workers: int
 ) -> Program:
-    """The program for images of `rows` x `columns`, each cut into `shares` blocks or more."""
+    """The program for so many images of so many rows and columns, and that many threads."""
+    images, rows, columns = shape
     sizes = measured(geometry, structure, rows, columns, _tile()[0])
-    block = sizes.block(shares)
-    held, waist, pools = sizes.scratch(block)
-    tables = _tables(geometry, structure, sizes, block, (rows, columns))
-    arguments = common(geometry, sizes, block, (rows, columns)) | {
+    block = sizes.block(-(-2 * workers // images))
+    group = sizes.group(block, images, workers)
+    held, waist, pools = sizes.scratch(block, group)
+    tables = _tables(geometry, structure, sizes, block, (rows, columns), group)
+    arguments = common(geometry, sizes, block, (rows, columns), images, group) | {
         at.SCRATCH_SIZE: (held + waist + pools) * _SIZE,
         at.REDUCED: _whole(structure.reduce or 0),
         at.COUNT: len(tables[at.TABLE]),
@@ -65,34 +67,53 @@ def vector_program(
         at.POOL_COUNT: len(tables[at.POOLS]),
         at.POOL_SCRATCH: (held + waist) * _SIZE,
     }
-    shape = (geometry.out_channels, sizes.rows, sizes.columns)
-    return program(arguments, tables, shape, arguments[at.BLOCKS], held + waist + pools)
+    made = (geometry.out_channels, sizes.rows, sizes.columns)
+    return program(arguments, tables, made, held + waist + pools)
 
 
 def _tables(
-    geometry: Geometry, structure: Structure, sizes: Sizes, block: int, image: tuple[int, int]
+    geometry: Geometry,
+    structure: Structure,
+    sizes: Sizes,
+    block: int,
+    image: tuple[int, int],
+    group: int,
 ) -> dict[int, Tensor]:
     """The tables by their places among the arguments; offsets are in bytes."""
     inputs, width, rows = geometry.in_channels, sizes.width, sizes.held_rows(block)
     down, across = geometry.stride
-    made = block * sizes.columns
+    made = group * block * sizes.columns
     (tall, wide), columns = geometry.dilation, sizes.held_columns
     read = [
         (row * tall * columns + column * wide) * width + channel
         for (row, column), channels in columns_read(geometry, structure, sizes.inputs)
         for channel in channels
     ]
-    held = _pixels(rows, image[1], sizes.held_columns, 1, width) + sizes.left * width * _SIZE
+    pixels = _pixels(1, rows * image[1], 0, 1, inputs)
+    held = _pixels(rows, image[1], columns, 1, width) + sizes.left * width * _SIZE
+    positions = _pixels(block, sizes.columns, down * columns, across, width)
+    if group > 1:
+        first, last = sizes.top * image[1], min(rows, sizes.top + image[0]) * image[1]
+        source = image[0] * image[1] * inputs * _SIZE
+        there = source if sizes.fill == at.IN_PLACE else rows * columns * width * _SIZE
+        pixels = _repeated(pixels[: last - first], group, source)
+        held = torch.cat([held[:first], _repeated(held[first:last], group, there)])
+        positions = _repeated(positions, group, there)
     return {
-        at.PIXELS: _pixels(1, rows * image[1], 0, 1, inputs),
+        at.PIXELS: pixels,
         at.HELD_PIXELS: held,
-        at.POSITIONS: _pixels(block, sizes.columns, down * sizes.held_columns, across, width),
+        at.POSITIONS: positions,
         at.TARGET_PIXELS: _pixels(1, made, 0, 1, geometry.out_channels),
         at.WAIST_PIXELS: _pixels(1, made, 0, 1, sizes.waist),
         at.RAMP: torch.arange(max(inputs, structure.waist or 0)) * _SIZE,
         at.TABLE: torch.tensor(read) * _SIZE,
         **pool_tables(geometry, structure, sizes.inputs),
     }
+
+
+def _repeated(offsets: Tensor, times: int, pitch: int) -> Tensor:
+    """Offsets in each of several images, `pitch` bytes apart."""
+    return (torch.arange(times)[:, None] * pitch + offsets).flatten()
 
 
 def _pixels(height: int, width: int, pitch: int, step: int, numbers: int) -> Tensor:

@@ -16,19 +16,24 @@ _NONE = np.float32(-np.inf)
 
 
 def blocks(size, block):
-    """All blocks of all images of numbers of `size` bytes, one by one, until none is left."""
+    """All blocks of all images of numbers of `size` bytes, one by one, until none is left.
+
+    Of small images a block holds several whole ones.
+    """
 
     @njit
     def all_blocks(data, p, scratch):
         if p[at.FILL] != at.IN_PLACE:
-            zero(scratch, p[at.HELD_ROWS] * p[at.HELD_COLUMNS] * p[at.WIDTH] * size)
+            held = p[at.HELD_ROWS] * p[at.HELD_COLUMNS] * p[at.WIDTH] * size
+            zero(scratch, p[at.GROUP] * held)
         pixels, made = p[at.ROWS] * p[at.COLUMNS], p[at.TARGET_ROWS] * p[at.TARGET_COLUMNS]
         while True:
             unit = take(data)
             if unit >= p[at.UNITS]:
                 return
-            image, part = unit // p[at.BLOCKS], unit % p[at.BLOCKS]
+            part = unit % p[at.BLOCKS]
             # The last block overlaps the one before, so that all are of one size.
+            image = min(unit // p[at.BLOCKS] * p[at.GROUP], p[at.IMAGES] - p[at.GROUP])
             first = min(part * p[at.BLOCK_ROWS], p[at.TARGET_ROWS] - p[at.BLOCK_ROWS])
             source = p[at.SOURCE] + image * pixels * p[at.CHANNELS] * size
             target = p[at.TARGET] + image * made * p[at.OUTPUTS] * size

@@ -19,17 +19,20 @@ _NONE = np.float32(-np.inf)
 
 @njit
 def fill(p, source, held, first):
-    """What one block reads: rows from `first` on."""
-    begin, end = borders(p, held, first, 4)
-    if begin >= end:
+    """What one block reads: rows of its images from `first` on."""
+    row = p[at.HELD_COLUMNS] * p[at.WIDTH] * 4
+    for image in range(p[at.GROUP]):
+        there = held + image * p[at.HELD_ROWS] * row
+        begin, end = borders(p, there, first, 4)
+        if begin < end and p[at.FILL] != at.REDUCTION:
+            pixels = (image * p[at.ROWS] + begin) * p[at.COLUMNS]
+            here = source + pixels * p[at.CHANNELS] * 4
+            copy(p, here, there + (begin - first) * row, end - begin, 4)
+    if begin >= end or p[at.FILL] != at.REDUCTION:
         return
     source += begin * p[at.COLUMNS] * p[at.CHANNELS] * 4
-    if p[at.FILL] != at.REDUCTION:
-        there = held + (begin - first) * p[at.HELD_COLUMNS] * p[at.WIDTH] * 4
-        copy(p, source, there, end - begin, 4)
-        return
     places = p[at.HELD_PIXELS] + (begin - first) * p[at.COLUMNS] * 8
-    pixels = (end - begin) * p[at.COLUMNS]
+    pixels = p[at.GROUP] * (end - begin) * p[at.COLUMNS]
     # fmt: off
     product(
         source, p[at.PIXELS], held, places, pixels,
@@ -61,10 +64,13 @@ def block(p, source, target, first_output, scratch):
     else:
         held = scratch
         fill(p, source, held, first)
-    for run in range(p[at.POOL_COUNT]):
-        q = line(p[at.POOLS] + run * at.POOL * 8, at.POOL, np.int64)
-        pool(p, q, source, held, first, scratch + p[at.POOL_SCRATCH])
-    positions = p[at.BLOCK_ROWS] * p[at.TARGET_COLUMNS]
+    for image in range(p[at.GROUP] if p[at.POOL_COUNT] else 0):
+        here = source + image * p[at.ROWS] * p[at.COLUMNS] * p[at.CHANNELS] * 4
+        there = held + image * p[at.HELD_ROWS] * p[at.HELD_COLUMNS] * p[at.WIDTH] * 4
+        for run in range(p[at.POOL_COUNT]):
+            q = line(p[at.POOLS] + run * at.POOL * 8, at.POOL, np.int64)
+            pool(p, q, here, there, first, scratch + p[at.POOL_SCRATCH])
+    positions = p[at.GROUP] * p[at.BLOCK_ROWS] * p[at.TARGET_COLUMNS]
     low = np.float32(0) if p[at.RELU] else _NONE
     made = target + first_output * p[at.TARGET_COLUMNS] * p[at.OUTPUTS] * 4
     # fmt: off
