@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,6 +24,9 @@ _SMALL = 1 << 16  # numbers; what is over in a few microseconds is timed more of
 _GAIN = 0.95  # of a convolution's time; a kernel that saves less is not worth having
 
 
+Behind = Literal["nothing", "relu", "addition"]
+
+
 def take_in_activations(seen: GraphView, model: nn.Module) -> None:
     """Move each ReLU that alone reads a bottleneck into it."""
     for node in seen.graph.nodes:
@@ -32,8 +35,12 @@ def take_in_activations(seen: GraphView, model: nn.Module) -> None:
         bottleneck = get_module(model, str(node.target).removesuffix(".expand"))
         relu = _relu_after(node, seen, model)
         if isinstance(bottleneck, Bottleneck) and relu is not None:
-            bottleneck.relu = True
-            set_module(model, relu, nn.Identity())
+            _take_in(relu, bottleneck, model)
+
+
+def _take_in(relu: str, bottleneck: Bottleneck, model: nn.Module) -> None:
+    bottleneck.relu = True
+    set_module(model, relu, nn.Identity())
 
 
 def _relu_after(node: fx.Node, seen: GraphView, model: nn.Module) -> str | None:
@@ -49,30 +56,38 @@ def _relu_after(node: fx.Node, seen: GraphView, model: nn.Module) -> str | None:
 def speed_up_pointwise(seen: GraphView, model: nn.Module) -> None:
     """Let the kernel compute the pointwise convolutions that it computes faster, as timed now.
 
-    With those at the end of a residual block the addition and the ReLU behind it are timed too, as
-    `take_in_additions` leaves them to the kernel.
+    The ReLU behind one is timed too, as the kernel takes it in. With those at the end of a residual
+    block the addition and the ReLU behind that are, as `take_in_additions` leaves them to the
+    kernel.
     """
-    faster: dict[tuple[Geometry, tuple[int, ...], bool], bool] = {}
+    faster: dict[tuple[Geometry, tuple[int, ...], Behind], bool] = {}
     for node in _pointwise(seen, model):
         conv = get_module(model, path := str(node.target))
         assert isinstance(conv, nn.Conv2d)
-        follows = reader(node, model)
-        added = follows is not None and adds(follows)
-        key = (geometry_of(conv), tuple(node.meta["in_shape"]), added)
+        relu, follows = _relu_after(node, seen, model), reader(node, model)
+        behind: Behind = "nothing" if relu is None else "relu"
+        if follows is not None and adds(follows):
+            behind = "addition"
+        key = (geometry_of(conv), tuple(node.meta["in_shape"]), behind)
         if key not in faster:
             faster[key] = _is_faster_in_kernel(conv, *key[1:])
         if faster[key]:
             made = _as_bottleneck(conv)
             inherit(made, conv)
             set_module(model, path, made)
+            if relu is not None:
+                _take_in(relu, made, model)
 
 
-def _is_faster_in_kernel(conv: nn.Conv2d, shape: tuple[int, ...], added: bool) -> bool:
-    """Whether the kernel computes a pointwise convolution faster, or one with an addition."""
+def _is_faster_in_kernel(conv: nn.Conv2d, shape: tuple[int, ...], behind: Behind) -> bool:
+    """Whether the kernel computes a pointwise convolution, and what is behind it, faster."""
     x = torch.zeros(shape, dtype=conv.weight.dtype).contiguous(memory_format=torch.channels_last)
     made = _as_bottleneck(conv)
-    if not added:
+    if behind == "nothing":
         return _is_faster(made, conv, x)
+    if behind == "relu":
+        made.relu = True
+        return _is_faster(made, nn.Sequential(conv, nn.ReLU(inplace=True)), x)
     made.summed = made.raised = True
     with torch.no_grad():
         shortcut = conv(x)

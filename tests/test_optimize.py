@@ -12,9 +12,11 @@ from torch import nn
 from typer.testing import CliRunner
 
 import pfsurgery
+from pfsurgery import fuse
 from pfsurgery.cli import app
 from pfsurgery.errors import RecordMismatchError, WrappedModelError
 from pfsurgery.fold import with_folded_norms
+from pfsurgery.ops.bottleneck import Bottleneck
 from pfsurgery.ops.pool import AvgPool, MaxPool
 from pfsurgery.ops.window import Window
 
@@ -177,6 +179,29 @@ def test_a_copy_with_folded_norms_shares_the_rest_and_calls_the_same_hooks():
     assert copied.get_classifier().weight is model.get_classifier().weight
     assert norms(model) == names
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_pointwise_convolutions_take_in_the_relu_behind_them(monkeypatch):
+    """Were the kernel faster everywhere."""
+    monkeypatch.setattr(fuse, "_is_faster", lambda after, before, x: True)
+    model, x = trained(timm.create_model("resnet26", num_classes=7)), torch.randn(2, 3, 64, 64)
+    fast = pfsurgery.optimize(model, x, memory_format="channels_last")
+    for stage in (1, 2, 3, 4):
+        block = fast.get_submodule(f"layer{stage}.1")
+        assert isinstance(block.conv1, Bottleneck)
+        assert block.conv1.relu
+        assert isinstance(block.act1, nn.Identity)
+        assert isinstance(block.act2, nn.ReLU)  # behind a 3x3
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
+        hooked = copy.deepcopy(model)
+        seen = []
+        hooked.layer1[1].act1.register_forward_hook(lambda module, args, out: seen.append(out))
+        watched = pfsurgery.optimize(hooked, x, memory_format="channels_last")
+        torch.testing.assert_close(watched(x), model(x), rtol=1e-4, atol=1e-4)
+    assert not watched.layer1[1].conv1.relu
+    assert len(seen) == 1
+    assert seen[0].min() == 0
 
 
 class WithNorm(nn.Module):
