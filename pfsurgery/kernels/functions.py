@@ -59,7 +59,9 @@ class _MaxPool(Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (names,) = ctx.saved_tensors
-        return _MaxPoolGradient.apply(gradient, names, ctx.size, *ctx.axes), None, None
+        tracked = gradient.requires_grad and torch.is_grad_enabled()
+        pull = _MaxPoolGradient.apply if tracked else _backend(gradient).max_pool_gradient
+        return pull(gradient, names, ctx.size, *ctx.axes), None, None
 
 
 class _MaxPoolGradient(Function):
