@@ -18,6 +18,7 @@ import pfsurgery
 from pfsurgery.errors import ShapeError
 from pfsurgery.kernels import disabled, explain
 from pfsurgery.ops.bottleneck import Bottleneck
+from pfsurgery.ops.pending import Pending
 from pfsurgery.sites import Geometry
 from pfsurgery.structure import Run, Structure
 
@@ -120,13 +121,21 @@ def test_a_fused_bottleneck_is_the_stock_operators(case, seed, adds, relu):
     torch.testing.assert_close(made, wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "inputs", "least"),
+    [
+        pytest.param(torch.float32, ANY, 1, id="float32"),
+        pytest.param(torch.bfloat16, st.sampled_from([32, 64]), 16, id="bf16", marks=needs_tiles),
+    ],
+)
 @FAST
-@given(cases(), st.integers(4, 19), st.integers(1, 2))
-def test_an_image_is_not_changed_by_those_beside_it(case, images, threads):
+@given(data=st.data(), images=st.integers(4, 19), threads=st.integers(1, 2))
+def test_an_image_is_not_changed_by_those_beside_it(dtype, inputs, least, data, images, threads):
     """A thread takes several small images at a time, and there may be too few for the last."""
-    geometry, structure, x = case
-    x = torch.randn(images, *x.shape[1:]).to(memory_format=torch.channels_last)
-    bottleneck, before = Bottleneck(geometry, structure), torch.get_num_threads()
+    geometry, structure, x = data.draw(cases(inputs))
+    assume(x.shape[2:].numel() >= least)  # fewer are read together with other images
+    x = torch.randn(images, *x.shape[1:]).to(dtype, memory_format=torch.channels_last)
+    bottleneck, before = Bottleneck(geometry, structure).to(dtype), torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
         made = bottleneck.fused(x)
@@ -142,7 +151,6 @@ def test_an_image_is_not_changed_by_those_beside_it(case, images, threads):
 def test_a_fused_bottleneck_in_bfloat16_is_that_in_float32(case, seed, adds, relu):
     """The stock operators are no measure: oneDNN's strided, dilated ones are wrong in bfloat16."""
     geometry, structure, x = case
-    assume(x.shape[2:].numel() >= 16)
     torch.manual_seed(seed)
     bottleneck = Bottleneck(geometry, structure).bfloat16()
     bottleneck.relu, bottleneck.summed, x = relu, adds, x.bfloat16()
@@ -159,6 +167,27 @@ def test_a_fused_bottleneck_in_bfloat16_is_that_in_float32(case, seed, adds, rel
     if wanted.numel():
         size = wanted.square().mean().sqrt() + wanted.abs()
         assert ((made - wanted).abs() <= 0.03 * size + 1e-3).all()
+
+
+@needs_tiles
+@pytest.mark.parametrize("form", ["thin", "bottleneck", "columns"])
+@pytest.mark.parametrize("images", [1, 3, 5])
+def test_images_of_fewer_pixels_than_a_tile_has_rows(form, images):
+    torch.manual_seed(0)
+    taps = tuple(Run("tap", i // 3, i % 3, 1, 1, tuple(range(3 * i, 3 * i + 3))) for i in range(9))
+    reduce = None if form == "columns" else 32
+    structure = Structure(form, reduce, () if form == "thin" else taps, 32, 0.0)
+    bottleneck = Bottleneck(Geometry(64, 48, (3, 3), padding=(1, 1)), structure).bfloat16()
+    bottleneck.summed = bottleneck.raised = True
+    x = torch.randn(images, 64, 2, 2).bfloat16().to(memory_format=torch.channels_last)
+    more = torch.randn(images, 48, 2, 2).bfloat16()
+    with torch.no_grad():
+        assert type(bottleneck(x)) is Pending  # so the kernel runs
+        made = torch.relu(bottleneck(x) + more)
+        with disabled():
+            wanted = torch.relu(bottleneck(x) + more)
+    assert made.shape == (images, 48, 2, 2)
+    torch.testing.assert_close(made, wanted, rtol=0.03, atol=0.03)
 
 
 @needs_tiles

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pfsurgery.errors import ShapeError
 from pfsurgery.kernels import bottleneck_arguments as at
@@ -46,9 +47,7 @@ class Fused:
 
     def computes(self, x: Tensor) -> bool:
         """Whether a kernel computes the whole bottleneck for (N, C, H, W), if any does here."""
-        if x.dtype == torch.bfloat16:
-            return self._has_kernel and self._has_chunks and x.shape[2:].numel() >= at.TILE_ROWS
-        return self._has_kernel
+        return self._has_kernel and (x.dtype != torch.bfloat16 or self._has_chunks)
 
     def pack(
         self, reduce: Tensor | None, middle: Tensor, expand: Tensor | None, bias: Tensor
@@ -84,7 +83,12 @@ class Fused:
                 spread = self(x, weights) + added
                 return spread.relu_() if relu else spread
             added = added.contiguous(memory_format=torch.channels_last)
-        made = _run(program, weights, laid_out, added, relu)
+        if program.images == images:
+            made = _run(program, weights, laid_out, added, relu)
+        else:
+            added = None if added is None else _more(added, program.images)
+            laid_out = _more(laid_out, program.images)
+            made = _run(program, weights, laid_out, added, relu)[:images]
         return made.contiguous() if x.is_contiguous() else made
 
     def _program(self, x: Tensor, workers: int) -> Program:
@@ -100,8 +104,14 @@ class Fused:
         return program
 
 
+def _more(x: Tensor, images: int) -> Tensor:
+    """So many images: these, and zeros behind them."""
+    made = F.pad(x, (0, 0, 0, 0, 0, 0, 0, images - len(x)))
+    return made.contiguous(memory_format=torch.channels_last)
+
+
 def _run(program: Program, weights: Weights, x: Tensor, added: Tensor | None, relu: bool) -> Tensor:
-    out = output((x.shape[0], *program.shape), x.dtype)
+    out = output((program.images, *program.shape), x.dtype)
     wanted = min(threads(), program.units)
     scratch = torch.empty(wanted * program.scratch, dtype=x.dtype)
     arguments = _Arguments.from_buffer_copy(program.arguments)

@@ -44,6 +44,7 @@ class Program:
         arguments: The kernel's arguments; those that change from call to call are 0.
         tables: Tensors whose addresses are among the arguments.
         shape: Channels, rows and columns of an output.
+        images: How many it computes; a few more than there are where these are tiny.
         units: Blocks of all images, or groups of images.
         scratch: Numbers of scratch memory for one thread.
     """
@@ -51,6 +52,7 @@ class Program:
     arguments: bytes
     tables: tuple[Tensor, ...]
     shape: tuple[int, int, int]
+    images: int
     units: int
     scratch: int
 
@@ -98,8 +100,8 @@ class Sizes:
             block = -(-block // 2)
         return block
 
-    def group(self, block: int, images: int, workers: int) -> int:
-        """Images that are worked on together where one is a single block.
+    def group(self, block: int, images: int, workers: int, least: int = 1) -> int:
+        """Images that are worked on together where one is a single block, `least` or more.
 
         As many as stay in the cache and let the workers end together. The rows of tiles that go
         beyond the positions are lost once for all of them, and the weights are read once.
@@ -108,7 +110,7 @@ class Sizes:
             return 1
         read = self.held_rows(block) * self.held_columns * self.width
         most = _BLOCK // (read + block * self.columns * self.waist)
-        sizes = range(1, max(1, min(most, images // (2 * workers))) + 1)
+        sizes = range(least, max(least, min(most, images // (2 * workers))) + 1)
         return min(sizes, key=lambda size: (-(-images // (size * workers)) * size, -size))
 
     def scratch(self, block: int, group: int = 1) -> tuple[int, int, int]:
@@ -208,8 +210,8 @@ def program(
         given[place] = value
     for place, table in tables.items():
         given[place] = table.data_ptr()
-    units = arguments[at.UNITS]
-    return Program(bytes(given), tuple(tables.values()), shape, units, scratch)
+    images, units = arguments[at.IMAGES], arguments[at.UNITS]
+    return Program(bytes(given), tuple(tables.values()), shape, images, units, scratch)
 
 
 def common(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -114,17 +115,20 @@ def tile_program(
     geometry: Geometry, structure: Structure, shape: tuple[int, int, int], workers: int
 ) -> Program:
     """The program for so many images of so many rows and columns, and that many threads."""
-    images, rows, columns = shape
+    rows, columns = shape[1:]
     sizes = measured(geometry, structure, rows, columns, DEPTH)
     sizes = replace(sizes, width=_width(structure, sizes.inputs))
     if sizes.fill == at.IN_PLACE:
         sizes = replace(sizes, fill=at.COPY)  # a tile may reach behind the last pixel
-    block, step = sizes.block(-(-2 * workers // images)), geometry.stride[1] * sizes.width
-    held, waist, pools = sizes.scratch(block)
+    least = _images_read(structure, rows * columns)
+    images = max(shape[0], least)
+    block = sizes.rows if least > 1 else sizes.block(-(-2 * workers // images))
+    group, step = sizes.group(block, images, workers, least), geometry.stride[1] * sizes.width
+    held, waist, pools = sizes.scratch(block, group)
     held, waist, pools = held + TILE_ROWS * step, waist + TILE_ROWS * sizes.waist, 2 * pools
     scratch = rounded(held + waist + _SUMS + 2 * _SHAPE + pools, DEPTH)
-    tables = _tables(geometry, structure, sizes, block, (rows, columns))
-    arguments = common(geometry, sizes, block, (rows, columns), images, group=1) | {
+    tables = _tables(geometry, structure, sizes, block, (rows, columns), group)
+    arguments = common(geometry, sizes, block, (rows, columns), images, group) | {
         at.SCRATCH_SIZE: scratch * _SIZE,
         at.COUNT: len(tables[at.TABLE]),
         at.WAIST: structure.waist or 0,
@@ -141,46 +145,61 @@ def tile_program(
     return program(arguments, tables, made, scratch)
 
 
+def _images_read(structure: Structure, pixels: int) -> int:
+    """Images that have to be read together: a reduction reads whole tiles of pixels."""
+    return -(-TILE_ROWS // pixels) if structure.reduce else 1
+
+
 def _tables(
-    geometry: Geometry, structure: Structure, sizes: Sizes, block: int, image: tuple[int, int]
+    geometry: Geometry,
+    structure: Structure,
+    sizes: Sizes,
+    block: int,
+    image: tuple[int, int],
+    group: int,
 ) -> dict[int, Tensor]:
     """The tables by their places among the arguments; offsets are in bytes."""
-    pixels, made = image[0] * image[1], block * sizes.columns
+    each, made = image[0] * image[1], group * block * sizes.columns
+    pixels = max(TILE_ROWS, group * each)
     firsts = (torch.arange(-(-pixels // TILE_ROWS)) * TILE_ROWS).clamp(max=pixels - TILE_ROWS)
-    held = (firsts[:, None] + torch.arange(TILE_ROWS)).flatten()
-    held = held // image[1] * sizes.held_columns + held % image[1] + sizes.left
-    starts, results = _lattice(geometry, sizes, block)
+    read = (firsts[:, None] + torch.arange(TILE_ROWS)).flatten()
+    number, row, column = read // each, read % each // image[1], read % image[1]
+    held = (number * sizes.held_rows(block) + row) * sizes.held_columns + column + sizes.left
+    if group > 1:
+        held[row >= sizes.held_rows(block) - sizes.top] = _NOWHERE
+    starts, results = _lattice(geometry, sizes, block, group)
     places = torch.arange(rounded(made, TILE_ROWS))
     places[made:] = _NOWHERE
     outputs = geometry.out_channels
     chunks = _chunks(geometry, structure, sizes.inputs)
     (down, across), columns = geometry.dilation, sizes.held_columns
     taps = [c.tap[0] * down * columns + c.tap[1] * across for c in chunks]
-    read = [tap * sizes.width + c.channel for tap, c in zip(taps, chunks, strict=True)]
+    near = [tap * sizes.width + c.channel for tap, c in zip(taps, chunks, strict=True)]
     return {
         at.PIXELS: firsts * geometry.in_channels * _SIZE,
-        at.HELD_PIXELS: held * sizes.width * _SIZE,
+        at.HELD_PIXELS: _bytes(held, sizes.width),
         at.POSITIONS: starts * sizes.width * _SIZE,
         at.WAIST_PIXELS: _bytes(results, sizes.waist),
         at.WAIST_STARTS: torch.arange(0, made, TILE_ROWS) * sizes.waist * _SIZE,
         at.TARGET_PIXELS: _bytes(places if structure.waist else results, outputs),
         at.RAMP: torch.arange(0, max(geometry.in_channels, sizes.waist), DEPTH) * _SIZE,
-        at.TABLE: torch.tensor(read) * _SIZE,
+        at.TABLE: torch.tensor(near) * _SIZE,
         **pool_tables(geometry, structure, sizes.inputs),
     }
 
 
-def _lattice(geometry: Geometry, sizes: Sizes, block: int) -> tuple[Tensor, Tensor]:
+def _lattice(geometry: Geometry, sizes: Sizes, block: int, group: int) -> tuple[Tensor, Tensor]:
     """Tiles over the outputs of a block: pixels that they start at, and their rows' outputs.
 
     The positions of a tile are one column's stride apart, so that a tile that reaches behind the
     end of a row goes on in the next where the strides fit, some rows of it unwanted in between.
     """
     down, across = geometry.stride
+    tall, wide = sizes.held_rows(block), sizes.held_columns
+    places = product(range(group), range(block), range(sizes.columns))
     wanted = {
-        row * down * sizes.held_columns + column * across: row * sizes.columns + column
-        for row in range(block)
-        for column in range(sizes.columns)
+        (image * tall + row * down) * wide + column * across: output
+        for output, (image, row, column) in enumerate(places)
     }
     starts, results = [], []
     while wanted:

@@ -61,6 +61,20 @@ def borders(p, held, first, size):
 
 
 @njit
+def copies(p, source, held, first, size):
+    """Rows of a block's images, from `first` on, but where they are reduced: those that exist."""
+    row = p[at.HELD_COLUMNS] * p[at.WIDTH] * size
+    for image in range(p[at.GROUP]):
+        there = held + image * p[at.HELD_ROWS] * row
+        begin, end = borders(p, there, first, size)
+        if begin < end and p[at.FILL] != at.REDUCTION:
+            pixels = (image * p[at.ROWS] + begin) * p[at.COLUMNS]
+            here = source + pixels * p[at.CHANNELS] * size
+            copy(p, here, there + (begin - first) * row, end - begin, size)
+    return begin, end
+
+
+@njit
 def copy(p, source, held, rows, size):
     """Rows of an image as they are, `held` being the place of the first one's."""
     channels, width = p[at.CHANNELS] * size, p[at.WIDTH] * size
@@ -138,7 +152,17 @@ def pools(size, read, write):
                 down = column + x * step * pooled * 4
                 write(place + x * step * p[at.WIDTH] * size, down, pooled, share)
 
-    return pool
+    @njit
+    def all_pools(p, source, held, first, scratch):
+        """All pooled runs of all images of a block."""
+        for image in range(p[at.GROUP] if p[at.POOL_COUNT] else 0):
+            here = source + image * p[at.ROWS] * p[at.COLUMNS] * p[at.CHANNELS] * size
+            there = held + image * p[at.HELD_ROWS] * p[at.HELD_COLUMNS] * p[at.WIDTH] * size
+            for run in range(p[at.POOL_COUNT]):
+                q = line(p[at.POOLS] + run * at.POOL * 8, at.POOL, np.int64)
+                pool(p, q, here, there, first, scratch)
+
+    return all_pools
 
 
 @njit

@@ -11,7 +11,7 @@ from numba import njit
 
 from pfsurgery.kernels import bottleneck_arguments as at
 from pfsurgery.kernels.loops_base import address, line, take
-from pfsurgery.kernels.loops_blocks import blocks, borders, copy, pools
+from pfsurgery.kernels.loops_blocks import blocks, copies, pools
 from pfsurgery.kernels.loops_product import product
 
 _NONE = np.float32(-np.inf)
@@ -20,14 +20,7 @@ _NONE = np.float32(-np.inf)
 @njit
 def fill(p, source, held, first):
     """What one block reads: rows of its images from `first` on."""
-    row = p[at.HELD_COLUMNS] * p[at.WIDTH] * 4
-    for image in range(p[at.GROUP]):
-        there = held + image * p[at.HELD_ROWS] * row
-        begin, end = borders(p, there, first, 4)
-        if begin < end and p[at.FILL] != at.REDUCTION:
-            pixels = (image * p[at.ROWS] + begin) * p[at.COLUMNS]
-            here = source + pixels * p[at.CHANNELS] * 4
-            copy(p, here, there + (begin - first) * row, end - begin, 4)
+    begin, end = copies(p, source, held, first, 4)
     if begin >= end or p[at.FILL] != at.REDUCTION:
         return
     source += begin * p[at.COLUMNS] * p[at.CHANNELS] * 4
@@ -53,7 +46,7 @@ def write(target, source, count, share):
         made[c] = found[c] * share
 
 
-pool = pools(4, read, write)
+all_pools = pools(4, read, write)
 
 
 @njit
@@ -64,12 +57,7 @@ def block(p, source, target, first_output, scratch):
     else:
         held = scratch
         fill(p, source, held, first)
-    for image in range(p[at.GROUP] if p[at.POOL_COUNT] else 0):
-        here = source + image * p[at.ROWS] * p[at.COLUMNS] * p[at.CHANNELS] * 4
-        there = held + image * p[at.HELD_ROWS] * p[at.HELD_COLUMNS] * p[at.WIDTH] * 4
-        for run in range(p[at.POOL_COUNT]):
-            q = line(p[at.POOLS] + run * at.POOL * 8, at.POOL, np.int64)
-            pool(p, q, here, there, first, scratch + p[at.POOL_SCRATCH])
+    all_pools(p, source, held, first, scratch + p[at.POOL_SCRATCH])
     positions = p[at.GROUP] * p[at.BLOCK_ROWS] * p[at.TARGET_COLUMNS]
     low = np.float32(0) if p[at.RELU] else _NONE
     made = target + first_output * p[at.TARGET_COLUMNS] * p[at.OUTPUTS] * 4

@@ -7,7 +7,7 @@ from numba import njit
 
 from pfsurgery.kernels import bottleneck_arguments as at
 from pfsurgery.kernels.loops_base import address, line, take
-from pfsurgery.kernels.loops_blocks import blocks, borders, copy, pools
+from pfsurgery.kernels.loops_blocks import blocks, copies, pools
 from pfsurgery.kernels.loops_tiles import configure, product, restore
 
 _LOW = np.float32(-np.inf)
@@ -17,19 +17,18 @@ _TILES = 8
 
 @njit
 def fill(p, source, held, first, sums):
-    """What one block reads: rows from `first` on."""
-    begin, end = borders(p, held, first, 2)
-    if begin >= end:
+    """What one block reads: rows of its images from `first` on."""
+    begin, end = copies(p, source, held, first, 2)
+    if begin >= end or p[at.FILL] != at.REDUCTION:
         return
     pitch = p[at.HELD_COLUMNS] * p[at.WIDTH] * 2
-    if p[at.FILL] != at.REDUCTION:
-        source += begin * p[at.COLUMNS] * p[at.CHANNELS] * 2
-        copy(p, source, held + (begin - first) * pitch, end - begin, 2)
-        return
-    until = (end * p[at.COLUMNS] + at.TILE_ROWS - 1) // at.TILE_ROWS
+    last, most = end, end * pitch
+    if p[at.GROUP] > 1:
+        last, most = p[at.GROUP] * p[at.ROWS], _ALL
+    until = (last * p[at.COLUMNS] + at.TILE_ROWS - 1) // at.TILE_ROWS
     product(
         source, p[at.PIXELS], begin * p[at.COLUMNS] // at.TILE_ROWS, until, p[at.CHANNELS] * 2,
-        held - first * pitch, p[at.HELD_PIXELS], begin * pitch, end * pitch,
+        held - first * pitch, p[at.HELD_PIXELS], begin * pitch, most,
         p[at.RAMP], p[at.CHANNELS] // at.DEPTH,
         p[at.REDUCE], p[at.ZEROS], p[at.WIDTH], _LOW, sums, 0,
     )  # fmt: skip
@@ -52,7 +51,7 @@ def write(target, source, count, share):
         made[c] = rounded if value == value else np.uint16(0x7FC0)
 
 
-pool = pools(2, read, write)
+all_pools = pools(2, read, write)
 
 
 @njit
@@ -60,9 +59,7 @@ def block(p, source, target, first_output, scratch):
     sums = scratch + p[at.SUMS_SCRATCH]
     first = first_output * p[at.STRIDE] - p[at.TOP]
     fill(p, source, scratch, first, sums)
-    for run in range(p[at.POOL_COUNT]):
-        q = line(p[at.POOLS] + run * at.POOL * 8, at.POOL, np.int64)
-        pool(p, q, source, scratch, first, scratch + p[at.POOL_SCRATCH])
+    all_pools(p, source, scratch, first, scratch + p[at.POOL_SCRATCH])
     low = np.float32(0) if p[at.RELU] else _LOW
     made = target + first_output * p[at.TARGET_COLUMNS] * p[at.OUTPUTS] * 2
     step = p[at.COLUMN_STEP]
