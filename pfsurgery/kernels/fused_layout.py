@@ -58,6 +58,21 @@ class Program:
 
 
 @dataclass(frozen=True, slots=True)
+class Cut:
+    """How the work is cut into units, which threads take one by one.
+
+    Attributes:
+        images: How many there are.
+        block: Rows of outputs in a unit.
+        group: Images in a unit; several only where a block is a whole one.
+    """
+
+    images: int
+    block: int
+    group: int
+
+
+@dataclass(frozen=True, slots=True)
 class Sizes:
     """How a bottleneck's images lie in memory.
 
@@ -93,33 +108,31 @@ class Sizes:
         """Rows that `block` rows of outputs read."""
         return (block - 1) * self.stride + self.reach
 
-    def block(self, shares: int) -> int:
-        """Rows of outputs in a block, for about `shares` blocks an image or more."""
-        block = -(-self.rows // shares)
-        while block > 1 and sum(self.scratch(block)) > _BLOCK:
-            block = -(-block // 2)
-        return block
+    def cut(self, images: int, workers: int, least: int = 1) -> Cut:
+        """Units that stay in the cache, about two for each of the workers or more.
 
-    def group(self, block: int, images: int, workers: int, least: int = 1) -> int:
-        """Images that are worked on together where one is a single block, `least` or more.
-
-        As many as stay in the cache and let the workers end together. The rows of tiles that go
-        beyond the positions are lost once for all of them, and the weights are read once.
+        Of small images a unit has several, `least` or more, so that the workers end together: the
+        rows of tiles that go beyond the positions are lost once for all of these, and the weights
+        are read once.
         """
+        block = self.rows if least > 1 else -(-self.rows // -(-2 * workers // images))
+        while block > 1 and sum(self.scratch(Cut(images, block, 1))) > _BLOCK:
+            block = -(-block // 2)
         if block < self.rows:
-            return 1
+            return Cut(images, block, 1)
         read = self.held_rows(block) * self.held_columns * self.width
-        most = _BLOCK // (read + block * self.columns * self.waist)
-        sizes = range(least, max(least, min(most, images // (2 * workers))) + 1)
-        return min(sizes, key=lambda size: (-(-images // (size * workers)) * size, -size))
+        most = min(_BLOCK // (read + block * self.columns * self.waist), images // (2 * workers))
+        groups = range(least, max(least, most) + 1)
+        group = min(groups, key=lambda size: (-(-images // (size * workers)) * size, -size))
+        return Cut(images, block, group)
 
-    def scratch(self, block: int, group: int = 1) -> tuple[int, int, int]:
+    def scratch(self, cut: Cut) -> tuple[int, int, int]:
         """Numbers of scratch memory: what is held, the waist, the rows of a pool."""
-        rows = self.held_rows(block)
+        rows = self.held_rows(cut.block)
         held = 0 if self.fill == at.IN_PLACE else rows * self.held_columns * self.width
         return (
-            group * held,
-            group * block * self.columns * self.waist,
+            cut.group * held,
+            cut.group * cut.block * self.columns * self.waist,
             self.pooled * self.held_columns * (rows + 3),
         )
 
@@ -214,17 +227,15 @@ def program(
     return Program(bytes(given), tuple(tables.values()), shape, images, units, scratch)
 
 
-def common(
-    geometry: Geometry, sizes: Sizes, block: int, image: tuple[int, int], images: int, group: int
-) -> dict[int, int]:
-    """The arguments that all kernels read, for images of `image` pixels in blocks of rows."""
-    blocks = -(-sizes.rows // block)
+def common(geometry: Geometry, sizes: Sizes, cut: Cut, image: tuple[int, int]) -> dict[int, int]:
+    """The arguments that all kernels read, for images of `image` pixels."""
+    blocks = -(-sizes.rows // cut.block)
     return {
-        at.UNITS: -(-images // group) * blocks,
-        at.IMAGES: images,
-        at.GROUP: group,
+        at.UNITS: -(-cut.images // cut.group) * blocks,
+        at.IMAGES: cut.images,
+        at.GROUP: cut.group,
         at.BLOCKS: blocks,
-        at.BLOCK_ROWS: block,
+        at.BLOCK_ROWS: cut.block,
         at.ROWS: image[0],
         at.COLUMNS: image[1],
         at.CHANNELS: geometry.in_channels,
@@ -234,7 +245,7 @@ def common(
         at.STRIDE: sizes.stride,
         at.TOP: sizes.top,
         at.LEFT: sizes.left,
-        at.HELD_ROWS: sizes.held_rows(block),
+        at.HELD_ROWS: sizes.held_rows(cut.block),
         at.HELD_COLUMNS: sizes.held_columns,
         at.WIDTH: sizes.width,
         at.WAIST_WIDTH: sizes.waist,

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from pfsurgery.kernels import bottleneck_arguments as at
 from pfsurgery.kernels.bottleneck_arguments import DEPTH, PANEL, TILE_ROWS
 from pfsurgery.kernels.fused_layout import (
+    Cut,
     Program,
     Sizes,
     Weights,
@@ -122,13 +123,12 @@ def tile_program(
         sizes = replace(sizes, fill=at.COPY)  # a tile may reach behind the last pixel
     least = _images_read(structure, rows * columns)
     images = max(shape[0], least)
-    block = sizes.rows if least > 1 else sizes.block(-(-2 * workers // images))
-    group, step = sizes.group(block, images, workers, least), geometry.stride[1] * sizes.width
-    held, waist, pools = sizes.scratch(block, group)
+    cut, step = sizes.cut(images, workers, least), geometry.stride[1] * sizes.width
+    held, waist, pools = sizes.scratch(cut)
     held, waist, pools = held + TILE_ROWS * step, waist + TILE_ROWS * sizes.waist, 2 * pools
     scratch = rounded(held + waist + _SUMS + 2 * _SHAPE + pools, DEPTH)
-    tables = _tables(geometry, structure, sizes, block, (rows, columns), group)
-    arguments = common(geometry, sizes, block, (rows, columns), images, group) | {
+    tables = _tables(geometry, structure, sizes, cut, (rows, columns))
+    arguments = common(geometry, sizes, cut, (rows, columns)) | {
         at.SCRATCH_SIZE: scratch * _SIZE,
         at.COUNT: len(tables[at.TABLE]),
         at.WAIST: structure.waist or 0,
@@ -151,23 +151,19 @@ def _images_read(structure: Structure, pixels: int) -> int:
 
 
 def _tables(
-    geometry: Geometry,
-    structure: Structure,
-    sizes: Sizes,
-    block: int,
-    image: tuple[int, int],
-    group: int,
+    geometry: Geometry, structure: Structure, sizes: Sizes, cut: Cut, image: tuple[int, int]
 ) -> dict[int, Tensor]:
     """The tables by their places among the arguments; offsets are in bytes."""
-    each, made = image[0] * image[1], group * block * sizes.columns
-    pixels = max(TILE_ROWS, group * each)
+    rows, made = sizes.held_rows(cut.block), cut.group * cut.block * sizes.columns
+    each = image[0] * image[1]
+    pixels = max(TILE_ROWS, cut.group * each)
     firsts = (torch.arange(-(-pixels // TILE_ROWS)) * TILE_ROWS).clamp(max=pixels - TILE_ROWS)
     read = (firsts[:, None] + torch.arange(TILE_ROWS)).flatten()
     number, row, column = read // each, read % each // image[1], read % image[1]
-    held = (number * sizes.held_rows(block) + row) * sizes.held_columns + column + sizes.left
-    if group > 1:
-        held[row >= sizes.held_rows(block) - sizes.top] = _NOWHERE
-    starts, results = _lattice(geometry, sizes, block, group)
+    held = (number * rows + row) * sizes.held_columns + column + sizes.left
+    if cut.group > 1:
+        held[row >= rows - sizes.top] = _NOWHERE
+    starts, results = _lattice(geometry, sizes, cut)
     places = torch.arange(rounded(made, TILE_ROWS))
     places[made:] = _NOWHERE
     outputs = geometry.out_channels
@@ -188,15 +184,15 @@ def _tables(
     }
 
 
-def _lattice(geometry: Geometry, sizes: Sizes, block: int, group: int) -> tuple[Tensor, Tensor]:
+def _lattice(geometry: Geometry, sizes: Sizes, cut: Cut) -> tuple[Tensor, Tensor]:
     """Tiles over the outputs of a block: pixels that they start at, and their rows' outputs.
 
     The positions of a tile are one column's stride apart, so that a tile that reaches behind the
     end of a row goes on in the next where the strides fit, some rows of it unwanted in between.
     """
     down, across = geometry.stride
-    tall, wide = sizes.held_rows(block), sizes.held_columns
-    places = product(range(group), range(block), range(sizes.columns))
+    tall, wide = sizes.held_rows(cut.block), sizes.held_columns
+    places = product(range(cut.group), range(cut.block), range(sizes.columns))
     wanted = {
         (image * tall + row * down) * wide + column * across: output
         for output, (image, row, column) in enumerate(places)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from pfsurgery.kernels import bottleneck_arguments as at
 from pfsurgery.kernels.fused_layout import (
+    Cut,
     Program,
     Sizes,
     Weights,
@@ -54,11 +55,10 @@ def vector_program(
     """The program for so many images of so many rows and columns, and that many threads."""
     images, rows, columns = shape
     sizes = measured(geometry, structure, rows, columns, _tile()[0])
-    block = sizes.block(-(-2 * workers // images))
-    group = sizes.group(block, images, workers)
-    held, waist, pools = sizes.scratch(block, group)
-    tables = _tables(geometry, structure, sizes, block, (rows, columns), group)
-    arguments = common(geometry, sizes, block, (rows, columns), images, group) | {
+    cut = sizes.cut(images, workers)
+    held, waist, pools = sizes.scratch(cut)
+    tables = _tables(geometry, structure, sizes, cut, (rows, columns))
+    arguments = common(geometry, sizes, cut, (rows, columns)) | {
         at.SCRATCH_SIZE: (held + waist + pools) * _SIZE,
         at.REDUCED: _whole(structure.reduce or 0),
         at.COUNT: len(tables[at.TABLE]),
@@ -72,17 +72,12 @@ def vector_program(
 
 
 def _tables(
-    geometry: Geometry,
-    structure: Structure,
-    sizes: Sizes,
-    block: int,
-    image: tuple[int, int],
-    group: int,
+    geometry: Geometry, structure: Structure, sizes: Sizes, cut: Cut, image: tuple[int, int]
 ) -> dict[int, Tensor]:
     """The tables by their places among the arguments; offsets are in bytes."""
-    inputs, width, rows = geometry.in_channels, sizes.width, sizes.held_rows(block)
+    inputs, width, rows = geometry.in_channels, sizes.width, sizes.held_rows(cut.block)
     down, across = geometry.stride
-    made = group * block * sizes.columns
+    made = cut.group * cut.block * sizes.columns
     (tall, wide), columns = geometry.dilation, sizes.held_columns
     read = [
         (row * tall * columns + column * wide) * width + channel
@@ -91,14 +86,14 @@ def _tables(
     ]
     pixels = _pixels(1, rows * image[1], 0, 1, inputs)
     held = _pixels(rows, image[1], columns, 1, width) + sizes.left * width * _SIZE
-    positions = _pixels(block, sizes.columns, down * columns, across, width)
-    if group > 1:
+    positions = _pixels(cut.block, sizes.columns, down * columns, across, width)
+    if cut.group > 1:
         first, last = sizes.top * image[1], min(rows, sizes.top + image[0]) * image[1]
         source = image[0] * image[1] * inputs * _SIZE
         there = source if sizes.fill == at.IN_PLACE else rows * columns * width * _SIZE
-        pixels = _repeated(pixels[: last - first], group, source)
-        held = torch.cat([held[:first], _repeated(held[first:last], group, there)])
-        positions = _repeated(positions, group, there)
+        pixels = _repeated(pixels[: last - first], cut.group, source)
+        held = torch.cat([held[:first], _repeated(held[first:last], cut.group, there)])
+        positions = _repeated(positions, cut.group, there)
     return {
         at.PIXELS: pixels,
         at.HELD_PIXELS: held,
