@@ -17,8 +17,7 @@ from pfsurgery.modules import (
     is_pointwise,
     is_watched,
     parents_of,
-    paths_of,
-    set_module,
+    replace_everywhere,
 )
 from pfsurgery.ops.blur import Blur
 from pfsurgery.ops.pool import AvgPool, MaxPool
@@ -105,8 +104,7 @@ def _fold(node: fx.Node, norm: nn.BatchNorm2d, seen: GraphView, model: nn.Module
         for weight in folded.parameters():
             weight[weight.abs() < torch.finfo(weight.dtype).tiny] = 0
     for old, new in ((conv, folded), (norm, _activation(norm) or nn.Identity())):
-        for place in paths_of(model, old):
-            set_module(model, place, new)
+        replace_everywhere(model, old, new)
 
 
 def _convolution_before(

@@ -13,9 +13,9 @@ from pfsurgery.fold import is_seen_between
 from pfsurgery.graph import GraphView
 from pfsurgery.kernels.fused import KERNELS
 from pfsurgery.measure.latency import latency
-from pfsurgery.modules import get_module, is_pointwise, is_watched, set_module
+from pfsurgery.modules import get_module, is_pointwise, is_watched, replace_everywhere
 from pfsurgery.ops.bottleneck import Bottleneck
-from pfsurgery.residual import LastReLU, adds, is_plain_call, reader
+from pfsurgery.residual import LastReLU, adds, is_plain_call, reader, site_of
 from pfsurgery.rewrite import inherit
 from pfsurgery.sites import Geometry, geometry_of
 from pfsurgery.structure import Run, Structure
@@ -30,27 +30,39 @@ Behind = Literal["nothing", "relu", "addition"]
 def take_in_activations(seen: GraphView, model: nn.Module) -> None:
     """Move each ReLU that alone reads a bottleneck into it."""
     for node in seen.graph.nodes:
-        if node.op != "call_module" or not str(node.target).endswith(".expand"):
+        if node.op != "call_module":
             continue
-        bottleneck = get_module(model, str(node.target).removesuffix(".expand"))
-        relu = _relu_after(node, seen, model)
-        if isinstance(bottleneck, Bottleneck) and relu is not None:
-            _take_in(relu, bottleneck, model)
+        bottleneck = get_module(model, site_of(node, model))
+        if isinstance(bottleneck, Bottleneck) and not is_watched(bottleneck):
+            relu = _relu_after(node, seen, model)
+            if relu is not None:
+                _take_in(relu, bottleneck, model)
 
 
-def _take_in(relu: str, bottleneck: Bottleneck, model: nn.Module) -> None:
+def _take_in(relu: nn.Module, bottleneck: Bottleneck, model: nn.Module) -> None:
     bottleneck.relu = True
-    set_module(model, relu, nn.Identity())
+    replace_everywhere(model, relu, nn.Identity())
 
 
-def _relu_after(node: fx.Node, seen: GraphView, model: nn.Module) -> str | None:
+def _relu_after(node: fx.Node, seen: GraphView, model: nn.Module) -> nn.Module | None:
     """The ReLU that reads what `node` makes, with nothing between; both are called once."""
     relu = reader(node, model)
     if relu is None or not is_plain_call(relu, nn.ReLU, model):
         return None
-    path, bottleneck = str(relu.target), str(node.target).removesuffix(".expand")
+    path = str(relu.target)
     once = seen.calls(str(node.target)) == seen.calls(path) == 1
-    return path if once and not is_seen_between(bottleneck, path, model) else None
+    if not once or not _is_all_reached(path.rpartition(".")[0], seen):
+        return None
+    return None if is_seen_between(site_of(node, model), path, model) else get_module(model, path)
+
+
+def _is_all_reached(path: str, seen: GraphView) -> bool:
+    """Whether every layer in a module ran: one that did not may be run in place of another."""
+    return all(
+        seen.calls(name) or name in seen.passes
+        for name, module in seen.modules.items()
+        if (not path or name.startswith(f"{path}.")) and [*module.parameters(recurse=False)]
+    )
 
 
 def speed_up_pointwise(seen: GraphView, model: nn.Module) -> None:
@@ -62,7 +74,7 @@ def speed_up_pointwise(seen: GraphView, model: nn.Module) -> None:
     """
     faster: dict[tuple[Geometry, tuple[int, ...], Behind], bool] = {}
     for node in _pointwise(seen, model):
-        conv = get_module(model, path := str(node.target))
+        conv = get_module(model, str(node.target))
         assert isinstance(conv, nn.Conv2d)
         relu, follows = _relu_after(node, seen, model), reader(node, model)
         behind: Behind = "nothing" if relu is None else "relu"
@@ -74,7 +86,7 @@ def speed_up_pointwise(seen: GraphView, model: nn.Module) -> None:
         if faster[key]:
             made = _as_bottleneck(conv)
             inherit(made, conv)
-            set_module(model, path, made)
+            replace_everywhere(model, conv, made)
             if relu is not None:
                 _take_in(relu, made, model)
 
@@ -152,6 +164,7 @@ def _pointwise(seen: GraphView, model: nn.Module) -> Iterator[fx.Node]:
             continue
         inside = isinstance(get_module(model, path.rpartition(".")[0]), Bottleneck)
         fits = conv.weight.dtype in KERNELS and conv.weight.device.type == "cpu"
+        fits = fits and len(node.meta["in_shape"]) == 4
         free = not is_watched(conv) and path not in seen.foreign_reads
         if free and fits and not inside:
             yield node

@@ -36,9 +36,16 @@ def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
     """
     old = get_module(model, path)
     parent_path, _, name = path.rpartition(".")
-    parent = get_module(model, parent_path)
-    parent._modules[name] = module
-    _replace_in_containers(parent, old, module)
+    get_module(model, parent_path)._modules[name] = module
+    for holder in model.modules():
+        _replace_in_containers(holder, old, module)
+
+
+def replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new`, in the mode of `old`, at all paths at which `model` holds `old`."""
+    new.train(old.training)
+    for path in paths_of(model, old):
+        set_module(model, path, new)
 
 
 def paths_of(model: nn.Module, module: nn.Module) -> list[str]:
@@ -52,13 +59,13 @@ def parents_of(path: str) -> list[str]:
     return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
-def _replace_in_containers(parent: nn.Module, old: nn.Module, new: nn.Module) -> None:
+def _replace_in_containers(holder: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Replace a module in plain lists and the like: some models run the layers in such a one."""
-    for key, value in vars(parent).items():
+    for key, value in vars(holder).items():
         if type(value) is list:
             value[:] = [new if item is old else item for item in value]
         elif type(value) is tuple:
-            parent.__dict__[key] = tuple(new if item is old else item for item in value)
+            holder.__dict__[key] = tuple(new if item is old else item for item in value)
         elif type(value) is dict and key != "_modules":
             value.update({name: new for name, item in value.items() if item is old})
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from pfsurgery.fold import is_seen_between
 from pfsurgery.graph import GraphView
-from pfsurgery.modules import get_module, is_watched, parents_of, set_module
+from pfsurgery.modules import get_module, is_watched, parents_of, replace_everywhere
 from pfsurgery.ops.bottleneck import Bottleneck
 from pfsurgery.ops.pending import Pending
 
@@ -34,10 +35,10 @@ def take_in_additions(seen: GraphView, model: nn.Module) -> None:
         model: Changed in place; in eval mode.
     """
     for node in seen.graph.nodes:
-        path = str(node.target).removesuffix(".expand")
-        if node.op != "call_module" or not isinstance(
-            bottleneck := get_module(model, path), Bottleneck
-        ):
+        if node.op != "call_module":
+            continue
+        bottleneck = get_module(model, path := site_of(node, model))
+        if not isinstance(bottleneck, Bottleneck):
             continue
         addition = reader(node, model)
         if addition is None or not adds(addition) or bottleneck.relu or is_watched(bottleneck):
@@ -57,13 +58,30 @@ def adds(node: fx.Node) -> bool:
     return node.op == "call_function" and _name(node) in _SUMS and len(node.args) == 2
 
 
+def site_of(node: fx.Node, model: nn.Module) -> str:
+    """Path of the module that a node calls, or of the bottleneck whose last product that is."""
+    path = str(node.target)
+    around, _, name = path.rpartition(".")
+    inside = around and name == "expand" and isinstance(get_module(model, around), Bottleneck)
+    return around if inside else path
+
+
 def reader(node: fx.Node, model: nn.Module) -> fx.Node | None:
     """The only node that reads what `node` makes, behind identities that nobody watches."""
+    first = _place(node)
     while len(node.users) == 1:
         (node,) = node.users
         if not is_plain_call(node, nn.Identity, model):
             return node
+        if is_seen_between(first, str(node.target), model):
+            return None
     return None
+
+
+def _place(node: fx.Node) -> str:
+    """The path of the module that a node calls, or what would be that of a function."""
+    owner = str(node.meta["owner"])
+    return str(node.target) if node.op == "call_module" else f"{owner}.function".lstrip(".")
 
 
 def _raises(relu: fx.Node, owner: str, seen: GraphView, model: nn.Module) -> bool:
@@ -71,12 +89,13 @@ def _raises(relu: fx.Node, owner: str, seen: GraphView, model: nn.Module) -> boo
     if relu.op == "call_function":
         return _name(relu) in _RELUS
     path = str(relu.target)
-    if not is_plain_call(relu, nn.ReLU, model) or _is_seen_leaving(path, owner, model):
+    plain = is_plain_call(relu, nn.ReLU, model) or is_plain_call(relu, LastReLU, model)
+    if not plain or _is_seen_leaving(path, owner, model):
         return False
     module = get_module(model, path)
     assert isinstance(module, nn.ReLU)
     if seen.calls(path) == 1:  # one that is called for others too is asked by torch what it makes
-        set_module(model, path, LastReLU(module.inplace))
+        replace_everywhere(model, module, LastReLU(module.inplace))
     return True
 
 
@@ -121,8 +140,7 @@ def _is_next(node: fx.Node, before: fx.Node, model: nn.Module) -> bool:
 
 
 def _is_inside(node: fx.Node, path: str) -> bool:
-    place = str(node.target) if node.op == "call_module" else str(node.meta["owner"])
-    return place == path or place.startswith(f"{path}.")
+    return _place(node) == path or _place(node).startswith(f"{path}.")
 
 
 def _is_fresh(node: fx.Node, model: nn.Module) -> bool:

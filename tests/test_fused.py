@@ -191,6 +191,18 @@ def test_images_of_fewer_pixels_than_a_tile_has_rows(form, images):
 
 
 @needs_tiles
+def test_few_pixels_that_take_much_memory_are_read_together():
+    torch.manual_seed(0)
+    geometry = Geometry(32, 32, (1, 25), padding=(0, 12))
+    thin = Bottleneck(geometry, Structure("thin", 192, (), 32, 0.0)).bfloat16()
+    x = torch.randn(3, 32, 15, 1).bfloat16().to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        made = thin(x)
+        with disabled():
+            torch.testing.assert_close(made, thin(x), rtol=0.03, atol=0.03)
+
+
+@needs_tiles
 def test_a_thin_bottleneck_in_bfloat16_has_the_very_numbers_of_the_stock_operators():
     torch.manual_seed(0)
     geometry = Geometry(64, 96, (3, 3), padding=(1, 1))

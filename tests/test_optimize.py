@@ -19,6 +19,8 @@ from pfsurgery.fold import with_folded_norms
 from pfsurgery.ops.bottleneck import Bottleneck
 from pfsurgery.ops.pool import AvgPool, MaxPool
 from pfsurgery.ops.window import Window
+from pfsurgery.sites import Geometry
+from pfsurgery.structure import Run, Structure
 
 SAME = Window((3, 3), (1, 1), (1, 1))
 
@@ -202,6 +204,101 @@ def test_pointwise_convolutions_take_in_the_relu_behind_them(monkeypatch):
     assert not watched.layer1[1].conv1.relu
     assert len(seen) == 1
     assert seen[0].min() == 0
+
+
+class Pointwise(nn.Module):
+    """A pointwise convolution and a ReLU, as `make` puts them together and `use` calls them."""
+
+    def __init__(self, make, use):
+        super().__init__()
+        self.conv, self.relu = nn.Conv2d(8, 8, 1), nn.ReLU()
+        make(self)
+        self.use = use
+
+    def forward(self, x):
+        return self.use(self, x)
+
+
+def nothing(module):
+    pass
+
+
+def under_another_name(module):
+    module.body = nn.Sequential(module.conv, module.relu)
+
+
+def in_a_list_elsewhere(module):
+    module.block = nn.Sequential(module.conv)
+    module.order = [module.conv, module.relu]
+
+
+def with_another(module):
+    module.other = nn.Conv2d(8, 8, 1)
+
+
+TOGETHER = {
+    "another name": (under_another_name, lambda m, x: m.body(x)),
+    "a list": (in_a_list_elsewhere, lambda m, x: m.order[1](m.order[0](x))),
+    "a choice": (
+        with_another,
+        lambda m, x: m.relu(m.conv(x) if x.shape[-1] == 12 else m.other(x)),
+    ),
+    "one image": (nothing, lambda m, x: m.relu(m.conv(x[0]))[None]),
+    "read twice": (nothing, lambda m, x: m.relu(y := m.conv(x)) + y),
+    "called twice": (nothing, lambda m, x: m.relu(m.conv(m.relu(m.conv(x))))),
+}
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+def test_a_relu_is_where_it_was(name, memory_format, monkeypatch):
+    monkeypatch.setattr(fuse, "_is_faster", lambda after, before, x: True)
+    torch.manual_seed(0)
+    model = Pointwise(*TOGETHER[name]).eval()
+    x = torch.randn(2, 8, 12, 12)
+    fast = pfsurgery.optimize(model, x, memory_format=memory_format)
+    with torch.no_grad():
+        for image in (x, x[..., :9, :9]):
+            torch.testing.assert_close(fast(image), model(image))
+
+
+class Expand(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.expand = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        return self.expand(x)
+
+
+def fitted():
+    taps = tuple(Run("tap", 1, 1, 1, 1, (channel,)) for channel in range(8))
+    geometry = Geometry(8, 8, (3, 3), padding=(1, 1))
+    return Bottleneck(geometry, Structure("columns", None, taps, None, 0.0))
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        (nn.Conv2d(8, 8, 1), nn.ReLU()),
+        (Expand(), nn.ReLU()),
+        (fitted(), nn.ReLU()),
+        (nn.Sequential(fitted()), nn.ReLU()),
+        (nn.Conv2d(8, 8, 1), nn.Sequential(nn.Identity()), nn.ReLU()),
+        (fitted(), nn.Sequential(nn.Identity()), nn.ReLU()),
+    ],
+)
+def test_hooks_see_what_is_in_front_of_a_relu(layers, monkeypatch):
+    monkeypatch.setattr(fuse, "_is_faster", lambda after, before, x: True)
+    model, x = nn.Sequential(*copy.deepcopy(layers)).eval(), torch.randn(2, 8, 12, 12)
+    seen = []
+    model[-2].register_forward_hook(lambda module, args, out: seen.append(out.clone()))
+    with torch.no_grad():
+        meant = model(x)
+        torch.testing.assert_close(pfsurgery.optimize(model, x)(x), meant)
+    assert len(seen) > 1
+    for made in seen[1:]:
+        torch.testing.assert_close(made, seen[0])
 
 
 class WithNorm(nn.Module):

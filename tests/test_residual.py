@@ -93,6 +93,16 @@ def test_the_kernel_adds_and_raises(name, layout, dtype):
     assert dtype == torch.bfloat16 or left == set()
 
 
+def test_what_is_optimized_can_be_once_more():
+    block, x = Block(in_place).eval(), image()
+    twice = pfsurgery.optimize(pfsurgery.optimize(block, x), x)
+    left, made = calls(twice, x)
+    assert left == set()
+    assert not any(module.training for module in twice.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(made, block(x.clone()), **CLOSE[torch.float32])
+
+
 def shortcut_in_place(block, x):
     x = x * 1
     made = block.conv(x)

@@ -71,7 +71,7 @@ def explain(x: Tensor) -> str:
     are there for numbers of two bytes in windows that are not 3x3 at stride 1, and, with gradients,
     for their means and blurs. A fitted bottleneck runs in one kernel for inference only: with
     gradients it is several operators, and so it is in bfloat16 where its input channels are no
-    multiple of 32 or the image has less than 16 pixels.
+    multiple of 32.
     """
     reason = why_stock(x)
     if reason is not None:

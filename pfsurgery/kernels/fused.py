@@ -20,7 +20,7 @@ from pfsurgery.kernels.threads import run, threads
 from pfsurgery.sites import Geometry
 from pfsurgery.structure import Structure
 
-_PROGRAMS = 8  # shapes of inputs that a bottleneck remembers
+_PROGRAMS = 32  # shapes of inputs that a bottleneck remembers
 KERNELS = {
     torch.float32: ("loops_bottleneck", "bottleneck_float32"),
     torch.bfloat16: ("loops_bottleneck_tiles", "bottleneck_bfloat16"),
@@ -97,7 +97,7 @@ class Fused:
         program = self.programs.get(key)
         if program is None:
             if len(self.programs) >= _PROGRAMS:
-                self.programs.clear()
+                self.programs.pop(next(iter([*self.programs])), None)
             make = tile_program if tiled else vector_program
             program = make(self.geometry, self.structure, shape, workers)
             self.programs[key] = program

@@ -111,12 +111,12 @@ class Sizes:
     def cut(self, images: int, workers: int, least: int = 1) -> Cut:
         """Units that stay in the cache, about two for each of the workers or more.
 
-        Of small images a unit has several, `least` or more, so that the workers end together: the
-        rows of tiles that go beyond the positions are lost once for all of these, and the weights
-        are read once.
+        Of small images a unit has as many as let the workers end together: the rows of tiles that
+        go beyond the positions are lost once for all of these, and the weights are read once. Where
+        `least` images have to be together, a unit is larger than the cache if need be.
         """
         block = self.rows if least > 1 else -(-self.rows // -(-2 * workers // images))
-        while block > 1 and sum(self.scratch(Cut(images, block, 1))) > _BLOCK:
+        while block > 1 and least == 1 and sum(self.scratch(Cut(images, block, 1))) > _BLOCK:
             block = -(-block // 2)
         if block < self.rows:
             return Cut(images, block, 1)

@@ -32,7 +32,7 @@ def blocks(size, block):
             if unit >= p[at.UNITS]:
                 return
             part = unit % p[at.BLOCKS]
-            # The last block overlaps the one before, so that all are of one size.
+            # The last block of rows or images overlaps the one before: all are of one size.
             image = min(unit // p[at.BLOCKS] * p[at.GROUP], p[at.IMAGES] - p[at.GROUP])
             first = min(part * p[at.BLOCK_ROWS], p[at.TARGET_ROWS] - p[at.BLOCK_ROWS])
             source = p[at.SOURCE] + image * pixels * p[at.CHANNELS] * size
@@ -61,8 +61,11 @@ def borders(p, held, first, size):
 
 
 @njit
-def copies(p, source, held, first, size):
-    """Rows of a block's images, from `first` on, but where they are reduced: those that exist."""
+def hold(p, source, held, first, size):
+    """Zero what is outside of a block's images, and copy their rows unless these are reduced.
+
+    Returns which rows of an image the block reads: of those from `first` on, the ones that exist.
+    """
     row = p[at.HELD_COLUMNS] * p[at.WIDTH] * size
     for image in range(p[at.GROUP]):
         there = held + image * p[at.HELD_ROWS] * row

@@ -1,4 +1,4 @@
-"""A whole bottleneck, image by image in blocks of rows: reduce, operate, expand in the cache.
+"""A whole bottleneck in blocks of rows, or of small images: reduce, operate, expand in the cache.
 
 What the middle reads is held in scratch memory, padded, one block with its halo at a time: the
 reduced channels, or a copy of the input, with pooled columns behind the channels of each pixel.
@@ -11,7 +11,7 @@ from numba import njit
 
 from pfsurgery.kernels import bottleneck_arguments as at
 from pfsurgery.kernels.loops_base import address, line, take
-from pfsurgery.kernels.loops_blocks import blocks, copies, pools
+from pfsurgery.kernels.loops_blocks import blocks, hold, pools
 from pfsurgery.kernels.loops_product import product
 
 _NONE = np.float32(-np.inf)
@@ -20,7 +20,7 @@ _NONE = np.float32(-np.inf)
 @njit
 def fill(p, source, held, first):
     """What one block reads: rows of its images from `first` on."""
-    begin, end = copies(p, source, held, first, 4)
+    begin, end = hold(p, source, held, first, 4)
     if begin >= end or p[at.FILL] != at.REDUCTION:
         return
     source += begin * p[at.COLUMNS] * p[at.CHANNELS] * 4

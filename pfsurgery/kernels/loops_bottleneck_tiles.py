@@ -7,7 +7,7 @@ from numba import njit
 
 from pfsurgery.kernels import bottleneck_arguments as at
 from pfsurgery.kernels.loops_base import address, line, take
-from pfsurgery.kernels.loops_blocks import blocks, copies, pools
+from pfsurgery.kernels.loops_blocks import blocks, hold, pools
 from pfsurgery.kernels.loops_tiles import configure, product, restore
 
 _LOW = np.float32(-np.inf)
@@ -18,7 +18,7 @@ _TILES = 8
 @njit
 def fill(p, source, held, first, sums):
     """What one block reads: rows of its images from `first` on."""
-    begin, end = copies(p, source, held, first, 2)
+    begin, end = hold(p, source, held, first, 2)
     if begin >= end or p[at.FILL] != at.REDUCTION:
         return
     pitch = p[at.HELD_COLUMNS] * p[at.WIDTH] * 2

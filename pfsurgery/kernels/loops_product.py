@@ -132,9 +132,9 @@ def product(
     while done < outputs:
         vectors = min(VECTORS, (outputs - done + LANES - 1) // LANES)
         left = outputs - done
-        at = 0
-        while at < rows:
-            s, t, used = positions + 8 * at, places + 8 * at, rows - at
+        row = 0
+        while row < rows:
+            s, t, used = positions + 8 * row, places + 8 * row, rows - row
             if vectors == 4:
                 _tile4(source, s, target, t, used, table, count, weights, bias, left, low, added)
             elif vectors == 3:
@@ -143,7 +143,7 @@ def product(
                 _tile2(source, s, target, t, used, table, count, weights, bias, left, low, added)
             else:
                 _tile1(source, s, target, t, used, table, count, weights, bias, left, low, added)
-            at += ROWS
+            row += ROWS
         size = vectors * LANES
         weights += SIZE * size * count
         bias += SIZE * size
