@@ -12,6 +12,8 @@ from pfsurgery.errors import RecordMismatchError, SurgeryError, closest
 
 Model = TypeVar("Model", bound=nn.Module)
 
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # its submodules, hooks and the like
+
 
 def get_module(model: nn.Module, path: str) -> nn.Module:
     """The submodule at `path`.
@@ -62,11 +64,13 @@ def parents_of(path: str) -> list[str]:
 def _replace_in_containers(holder: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Replace a module in plain lists and the like: some models run the layers in such a one."""
     for key, value in vars(holder).items():
+        if key in _OF_EVERY_MODULE:
+            continue
         if type(value) is list:
             value[:] = [new if item is old else item for item in value]
         elif type(value) is tuple:
             holder.__dict__[key] = tuple(new if item is old else item for item in value)
-        elif type(value) is dict and key != "_modules":
+        elif type(value) is dict:
             value.update({name: new for name, item in value.items() if item is old})
 
 
