@@ -47,6 +47,7 @@ def versions(
         models[policy] = pfsurgery.convert(model, policy, example=image[:1])
     rows = []
     for layout in LAYOUTS:
+        torch.compiler.reset()  # it compiles one piece of code for eight models, no more
         laid_out = image.contiguous(memory_format=LAYOUTS[layout])
         timed: dict[str, nn.Module] = {}
         for policy, made in models.items():
