@@ -194,6 +194,47 @@ def test_an_op_says_why_it_does_not_fit(geometry, op, reason):
     assert reason in support.reason
 
 
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(4, 4, 7, padding=3, groups=4),
+        nn.Conv2d(4, 4, (9, 5), (2, 3), (4, 2), groups=4),
+        nn.Conv2d(4, 4, 7, padding=6, dilation=2, groups=4),
+        nn.Conv2d(4, 4, 7, padding=3, groups=4, padding_mode="reflect"),
+        nn.Conv3d(4, 4, 3, padding=1, groups=4),
+    ],
+    ids=lambda conv: f"{conv.kernel_size} {conv.padding_mode}",
+)
+def test_large_windows_are_compiled_axis_by_axis(conv):
+    torch.manual_seed(0)
+    x = torch.randint(5, (2, 4, 19, 17, 15)[: 2 + len(conv.kernel_size)]).float()
+    pool, graphs = get_op("max_pool").build(site_of(conv, x)), []
+
+    def backend(module, inputs):
+        graphs.append(module.graph)
+        return module.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(pool, backend=backend, fullgraph=True)
+    with_nan = torch.where(torch.rand_like(x) < 0.01, torch.nan, x)
+    made, wanted = compiled(with_nan), pool(with_nan)
+    torch.testing.assert_close(made, wanted, rtol=0, atol=0, equal_nan=True)
+    gradients = []
+    for run in (compiled, pool):
+        leaf = x.clone().requires_grad_()
+        out = run(leaf)
+        gradients.append(
+            torch.autograd.grad(out, leaf, torch.linspace(1, 2, out.numel()).view_as(out))
+        )
+    torch.testing.assert_close(*gradients)
+    stock = (nn.functional.max_pool2d, nn.functional.max_pool3d)
+    windows = [node.args[1] for graph in graphs for node in graph.nodes if node.target in stock]
+    assert len(windows) == len(graphs) * len(conv.kernel_size)
+    assert all(sum(size > 1 for size in window) == 1 for window in windows)
+    exported = torch.export.export(pool, (x,)).graph
+    assert sum("max_pool" in str(node.target) for node in exported.nodes) == 1
+
+
 def test_a_dilated_max_pool_is_supported_although_stock_pooling_refuses_its_padding():
     conv = nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=4)
     x = torch.randn(1, 4, 9, 9)

@@ -13,9 +13,10 @@ from pfsurgery.kernels import choice, functions
 from pfsurgery.kernels.axes import Axis, Weighing
 from pfsurgery.ops.base import Op, Support, register_op
 from pfsurgery.ops.window import Window, in_layout_of
-from pfsurgery.sites import Site
+from pfsurgery.sites import Site, Size
 
 _NARROW = 16
+_MOST_FOR_INDUCTOR = 25  # taps of a max-pool; larger ones it leaves to ATen, which is slow
 _MAX = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _MEAN = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 _DOWN = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
@@ -41,8 +42,25 @@ class MaxPool(nn.Module):
         padded, padding = input, window.stock_padding
         if padding is None:
             padded, padding = window.pad(input, value=-math.inf), (0,) * window.dims
-        made = pool(padded, window.kernel_size, window.stride, padding, window.dilation)
+        if math.prod(window.kernel_size) > _MOST_FOR_INDUCTOR and _compiles():
+            made = self._axis_by_axis(pool, padded, padding)
+        else:
+            made = pool(padded, window.kernel_size, window.stride, padding, window.dilation)
         return in_layout_of(input, made)
+
+    def _axis_by_axis(self, pool: Callable[..., Tensor], x: Tensor, padding: Size) -> Tensor:
+        """The same maxima, of those along the last axis first."""
+        window = self.window
+        for axis in reversed(range(window.dims)):
+            given = (window.kernel_size, window.stride, padding, window.dilation)
+            x = pool(
+                x,
+                *(
+                    tuple(value if i == axis else other for i, value in enumerate(values))
+                    for values, other in zip(given, (1, 1, 0, 1), strict=True)
+                ),
+            )
+        return x
 
     def extra_repr(self) -> str:
         """The window, for printing."""
@@ -81,6 +99,11 @@ class AvgPool(nn.Module):
     def extra_repr(self) -> str:
         """The window, for printing."""
         return str(self.window)
+
+
+def _compiles() -> bool:
+    """Whether `torch.compile` is tracing; who exports wants the operator itself."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
 def _axes(window: Window, x: Tensor, weighing: Weighing) -> tuple[Axis, Axis] | None:
