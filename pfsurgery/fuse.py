@@ -23,7 +23,6 @@ from pfsurgery.structure import Run, Structure
 _SMALL = 1 << 16  # numbers; what is over in a few microseconds is timed more often
 _GAIN = 0.95  # of a convolution's time; a kernel that saves less is not worth having
 
-
 Behind = Literal["nothing", "relu", "addition"]
 
 
@@ -163,8 +162,8 @@ def _pointwise(seen: GraphView, model: nn.Module) -> Iterator[fx.Node]:
         if type(conv) is not nn.Conv2d or not is_pointwise(conv):
             continue
         inside = isinstance(get_module(model, path.rpartition(".")[0]), Bottleneck)
-        fits = conv.weight.dtype in KERNELS and conv.weight.device.type == "cpu"
-        fits = fits and len(node.meta["in_shape"]) == 4
+        computed = conv.weight.dtype in KERNELS and conv.weight.device.type == "cpu"
+        fits = computed and len(node.meta["in_shape"]) == 4
         free = not is_watched(conv) and path not in seen.foreign_reads
         if free and fits and not inside:
             yield node

@@ -38,9 +38,9 @@ def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
     """
     old = get_module(model, path)
     parent_path, _, name = path.rpartition(".")
-    get_module(model, parent_path)._modules[name] = module
-    for holder in model.modules():
+    for holder in model.modules():  # before `module` is one of them: it may hold what it replaces
         _replace_in_containers(holder, old, module)
+    get_module(model, parent_path)._modules[name] = module
 
 
 def replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -68,7 +68,7 @@ def _replace_in_containers(holder: nn.Module, old: nn.Module, new: nn.Module) ->
             continue
         if type(value) is list:
             value[:] = [new if item is old else item for item in value]
-        elif type(value) is tuple:
+        elif type(value) is tuple and any(item is old for item in value):
             holder.__dict__[key] = tuple(new if item is old else item for item in value)
         elif type(value) is dict:
             value.update({name: new for name, item in value.items() if item is old})

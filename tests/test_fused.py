@@ -10,7 +10,7 @@ from multiprocessing.reduction import ForkingPickler
 import pytest
 import timm
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.nn.utils import prune
 
@@ -18,84 +18,9 @@ import pfsurgery
 from pfsurgery.errors import ShapeError
 from pfsurgery.kernels import disabled, explain
 from pfsurgery.ops.bottleneck import Bottleneck
-from pfsurgery.ops.pending import Pending
 from pfsurgery.sites import Geometry
 from pfsurgery.structure import Run, Structure
-
-FAST = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
-ENOUGH = 4096  # numbers with which a kernel is worth its start
-
-
-HAS_TILES = (
-    torch.cpu._is_amx_tile_supported()
-    and torch.cpu._is_avx512_bf16_supported()
-    and torch.cpu._init_amx()
-)
-needs_tiles = pytest.mark.skipif(not HAS_TILES, reason="the processor has no tiles (Intel AMX)")
-
-
-@st.composite
-def geometries(draw, inputs):
-    kernel = draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
-    dilation = draw(st.integers(1, 2))
-    padding = tuple(draw(st.integers(0, (k - 1) * dilation // 2)) for k in kernel)
-    return Geometry(
-        draw(inputs),
-        draw(st.integers(1, 90)),
-        kernel,
-        draw(st.tuples(st.integers(1, 3), st.integers(1, 3))),
-        "same" if draw(st.integers(0, 5)) == 0 else padding,
-        (dilation, dilation),
-    )
-
-
-@st.composite
-def runs(draw, geometry, channels, pools):
-    (height, width), found = geometry.kernel_size, []
-    for _ in range(draw(st.integers(1, 5))):
-        kinds = ["tap", "average", "maximum"] if pools else ["tap"]
-        kind = draw(st.sampled_from(kinds))
-        top, left = draw(st.integers(0, height - 1)), draw(st.integers(0, width - 1))
-        tall, wide = (1, 1)
-        if kind != "tap":
-            top, left, tall, wide = 0, 0, height, width
-        picked = draw(st.sets(st.integers(0, channels - 1), min_size=1, max_size=channels))
-        found.append(Run(kind, top, left, tall, wide, tuple(sorted(picked))))
-    return tuple(found)
-
-
-@st.composite
-def structures(draw, geometry):
-    forms = ["columns", "waist", "bottleneck", "mixed", "thin", "low_rank"]
-    if geometry.padding == "same" and max(geometry.stride) > 1:
-        forms = forms[:4]  # the stock convolution, which the others are compared with, may crash
-    form = draw(st.sampled_from(forms))
-    reduce = draw(st.integers(1, 24)) if form in ("bottleneck", "mixed", "thin") else None
-    waist = draw(st.integers(1, 24)) if form in ("waist", "mixed", "thin", "low_rank") else None
-    if form in ("thin", "low_rank"):
-        return Structure(form, reduce, (), waist, 0.0)
-    pools = reduce is None and geometry.dilation == (1, 1)
-    columns = draw(runs(geometry, reduce or geometry.in_channels, pools))
-    return Structure(form, reduce, columns, waist, 0.0)
-
-
-ANY = st.integers(1, 40)  # channels
-
-
-@st.composite
-def cases(draw, inputs=ANY):
-    geometry = draw(geometries(inputs))
-    structure = draw(structures(geometry))
-    height, width = draw(st.integers(1, 19)), draw(st.integers(1, 19))
-    reach = [(k - 1) * d + 1 for k, d in zip(geometry.kernel_size, geometry.dilation, strict=True)]
-    pads = geometry.pads((height, width))
-    assume(all(n + sum(p) >= r for n, p, r in zip((height, width), pads, reach, strict=True)))
-    batch = draw(st.integers(0, 3))
-    if batch:
-        batch = max(batch, -(-ENOUGH // (geometry.in_channels * height * width)))
-    x = torch.randn(batch, geometry.in_channels, height, width)
-    layout = draw(st.sampled_from([torch.contiguous_format, torch.channels_last]))
-    return geometry, structure, x.contiguous(memory_format=layout)
+from tests.bottlenecks import ANY, FAST, HAS_TILES, both_ways, cases, needs_tiles, step_by_step
 
 
 @FAST
@@ -112,10 +37,7 @@ def test_a_fused_bottleneck_is_the_stock_operators(case, seed, adds, relu):
         made = bottleneck(x) + more if adds else bottleneck(x)
         return torch.relu(made) if relu else made
 
-    with torch.no_grad():
-        made = block()
-        with disabled():
-            wanted = block()
+    made, wanted = both_ways(block)
     assert made.shape == wanted.shape
     assert made.is_contiguous(memory_format=torch.channels_last) or made.is_contiguous()
     torch.testing.assert_close(made, wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
@@ -146,92 +68,6 @@ def test_an_image_is_not_changed_by_those_beside_it(dtype, inputs, least, data, 
 
 
 @needs_tiles
-@FAST
-@given(cases(st.sampled_from([32, 64, 96])), st.integers(0, 2**31), st.booleans(), st.booleans())
-def test_a_fused_bottleneck_in_bfloat16_is_that_in_float32(case, seed, adds, relu):
-    """The stock operators are no measure: oneDNN's strided, dilated ones are wrong in bfloat16."""
-    geometry, structure, x = case
-    torch.manual_seed(seed)
-    bottleneck = Bottleneck(geometry, structure).bfloat16()
-    bottleneck.relu, bottleneck.summed, x = relu, adds, x.bfloat16()
-    size = len(x), geometry.out_channels, *geometry.output_size(tuple(x.shape[2:]))
-    more = torch.randn(size).bfloat16()
-    with torch.no_grad():
-        made = bottleneck(x) + more if adds else bottleneck(x)
-        with disabled():
-            wanted = step_by_step(bottleneck.float(), x.float(), torch.bfloat16)
-            wanted = wanted + more if adds else wanted
-            wanted = wanted.relu() if relu else wanted
-    assert made.shape == wanted.shape
-    assert made.dtype == torch.bfloat16
-    if wanted.numel():
-        size = wanted.square().mean().sqrt() + wanted.abs()
-        assert ((made - wanted).abs() <= 0.03 * size + 1e-3).all()
-
-
-@needs_tiles
-@pytest.mark.parametrize("form", ["thin", "bottleneck", "columns"])
-@pytest.mark.parametrize("images", [1, 3, 5])
-def test_images_of_fewer_pixels_than_a_tile_has_rows(form, images):
-    torch.manual_seed(0)
-    taps = tuple(Run("tap", i // 3, i % 3, 1, 1, tuple(range(3 * i, 3 * i + 3))) for i in range(9))
-    reduce = None if form == "columns" else 32
-    structure = Structure(form, reduce, () if form == "thin" else taps, 32, 0.0)
-    bottleneck = Bottleneck(Geometry(64, 48, (3, 3), padding=(1, 1)), structure).bfloat16()
-    bottleneck.summed = bottleneck.raised = True
-    x = torch.randn(images, 64, 2, 2).bfloat16().to(memory_format=torch.channels_last)
-    more = torch.randn(images, 48, 2, 2).bfloat16()
-    with torch.no_grad():
-        assert type(bottleneck(x)) is Pending  # so the kernel runs
-        made = torch.relu(bottleneck(x) + more)
-        with disabled():
-            wanted = torch.relu(bottleneck(x) + more)
-    assert made.shape == (images, 48, 2, 2)
-    torch.testing.assert_close(made, wanted, rtol=0.03, atol=0.03)
-
-
-@needs_tiles
-def test_few_pixels_that_take_much_memory_are_read_together():
-    torch.manual_seed(0)
-    geometry = Geometry(32, 32, (1, 25), padding=(0, 12))
-    thin = Bottleneck(geometry, Structure("thin", 192, (), 32, 0.0)).bfloat16()
-    x = torch.randn(3, 32, 15, 1).bfloat16().to(memory_format=torch.channels_last)
-    with torch.no_grad():
-        made = thin(x)
-        with disabled():
-            torch.testing.assert_close(made, thin(x), rtol=0.03, atol=0.03)
-
-
-@needs_tiles
-def test_a_thin_bottleneck_in_bfloat16_has_the_very_numbers_of_the_stock_operators():
-    torch.manual_seed(0)
-    geometry = Geometry(64, 96, (3, 3), padding=(1, 1))
-    thin = Bottleneck(geometry, Structure("thin", 32, (), 32, 0.0)).bfloat16()
-    x = torch.randn(4, 64, 16, 16).bfloat16().to(memory_format=torch.channels_last)
-    with torch.no_grad():
-        made, text = thin(x), explain(x)
-        with disabled():
-            wanted = thin(x)
-    assert "bottlenecks in one kernel" in text
-    different = (made != wanted).float().mean()
-    assert different < 0.01  # sums in another order
-
-
-@needs_tiles
-def test_tiles_leave_the_other_kernels_theirs():
-    torch.manual_seed(0)
-    geometry = Geometry(64, 64, (3, 3), padding=(1, 1))
-    thin = Bottleneck(geometry, Structure("thin", 16, (), 16, 0.0)).bfloat16()
-    dense = torch.nn.Conv2d(64, 64, 3, padding=1).bfloat16()
-    x = torch.randn(4, 64, 16, 16).bfloat16().to(memory_format=torch.channels_last)
-    with torch.no_grad():
-        wanted = dense(x)
-        for _ in range(3):
-            thin(x)
-            assert torch.equal(dense(x), wanted)
-
-
-@needs_tiles
 def test_packed_weights_follow_the_kind_of_numbers(bottleneck):
     moved = copy.deepcopy(bottleneck)
     moved.freeze()
@@ -239,12 +75,6 @@ def test_packed_weights_follow_the_kind_of_numbers(bottleneck):
         for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
             wanted = stock(bottleneck, X).to(dtype)
             torch.testing.assert_close(moved.to(dtype)(X.to(dtype)), wanted, rtol=2e-2, atol=2e-2)
-
-
-def step_by_step(bottleneck, x, rounded=None):
-    for step in (bottleneck.reduce, bottleneck.columns, bottleneck.waist, bottleneck.expand):
-        x = x if step is None else step(x).to(rounded or x.dtype).to(x.dtype)
-    return x
 
 
 @FAST
@@ -372,12 +202,10 @@ def test_windows_that_hold_only_padding_are_not_fitted():
 
 
 def test_images_of_several_sizes_one_after_the_other(bottleneck):
-    with torch.no_grad():
-        for size in (8, 14, 9, 31, 8, 10, 11, 12, 13, 15, 16, 8):
-            x = torch.randn(2, 32, size, size + 1)
-            made = bottleneck(x)
-            with disabled():
-                torch.testing.assert_close(made, bottleneck(x), rtol=1e-5, atol=1e-5)
+    for size in (8, 14, 9, 31, 8, *range(10, 44), 8):  # more than it remembers
+        x = torch.randn(2, 32, size, size + 1)
+        made, wanted = both_ways(lambda x=x: bottleneck(x))
+        torch.testing.assert_close(made, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_nan_reaches_the_outputs_that_see_it(bottleneck):

@@ -47,8 +47,13 @@ def has_loops(x: Tensor, down: Axis, across: Axis, *, sums: bool) -> bool:
     """
     if not x.is_cpu or x.dtype not in _NARROW:
         return True
-    tracked = sums and x.requires_grad and torch.is_grad_enabled()
+    tracked = sums and is_tracked(x)
     return are_near(down, across) and x.shape[1:].numel() < MOST_NUMBERS and not tracked
+
+
+def is_tracked(x: Tensor) -> bool:
+    """Whether autograd follows what is made of `x`."""
+    return x.requires_grad and torch.is_grad_enabled()
 
 
 def why_unfused(x: Tensor) -> str | None:

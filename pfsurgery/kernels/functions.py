@@ -10,20 +10,21 @@ from torch.autograd import Function
 
 from pfsurgery.kernels import cpu
 from pfsurgery.kernels.axes import Axis
+from pfsurgery.kernels.choice import is_tracked
 from pfsurgery.kernels.layout import Group
 
 
 def max_pool(x: Tensor, down: Axis, across: Axis) -> Tensor:
     """Maxima of windows: (N, C, H, W) to (N, C, H', W'), as the axes describe them."""
-    tracked = x.requires_grad and torch.is_grad_enabled()
-    made: Tensor = (_MaxPool.apply if tracked else _backend(x).max_pool)(x, down, across)
+    made: Tensor = (_MaxPool.apply if is_tracked(x) else _backend(x).max_pool)(x, down, across)
     return made
 
 
 def weighted_sum(x: Tensor, down: Axis, across: Axis) -> Tensor:
     """Separable weighted sums of windows: (N, C, H, W) to (N, C, H', W')."""
-    tracked = x.requires_grad and torch.is_grad_enabled()
-    made: Tensor = (_WeightedSum.apply if tracked else _backend(x).weighted_sum)(x, down, across)
+    made: Tensor = (_WeightedSum.apply if is_tracked(x) else _backend(x).weighted_sum)(
+        x, down, across
+    )
     return made
 
 
@@ -34,8 +35,7 @@ def shift(x: Tensor, groups: tuple[Group, ...]) -> Tensor:
         x: The input.
         groups: For each group the channel behind its last one, and its two axes.
     """
-    tracked = x.requires_grad and torch.is_grad_enabled()
-    made: Tensor = (_Shift.apply if tracked else _backend(x).shift)(x, groups)
+    made: Tensor = (_Shift.apply if is_tracked(x) else _backend(x).shift)(x, groups)
     return made
 
 
@@ -59,8 +59,9 @@ class _MaxPool(Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (names,) = ctx.saved_tensors
-        tracked = gradient.requires_grad and torch.is_grad_enabled()
-        pull = _MaxPoolGradient.apply if tracked else _backend(gradient).max_pool_gradient
+        pull = _backend(gradient).max_pool_gradient
+        if is_tracked(gradient):
+            pull = _MaxPoolGradient.apply
         return pull(gradient, names, ctx.size, *ctx.axes), None, None
 
 

@@ -97,7 +97,8 @@ class Fused:
         program = self.programs.get(key)
         if program is None:
             if len(self.programs) >= _PROGRAMS:
-                self.programs.pop(next(iter([*self.programs])), None)
+                oldest, *_ = self.programs
+                self.programs.pop(oldest, None)  # another thread may have been first
             make = tile_program if tiled else vector_program
             program = make(self.geometry, self.structure, shape, workers)
             self.programs[key] = program

@@ -158,7 +158,7 @@ def pools(size, read, write):
     @njit
     def all_pools(p, source, held, first, scratch):
         """All pooled runs of all images of a block."""
-        for image in range(p[at.GROUP] if p[at.POOL_COUNT] else 0):
+        for image in range(p[at.GROUP]):
             here = source + image * p[at.ROWS] * p[at.COLUMNS] * p[at.CHANNELS] * size
             there = held + image * p[at.HELD_ROWS] * p[at.HELD_COLUMNS] * p[at.WIDTH] * size
             for run in range(p[at.POOL_COUNT]):

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
+from pfsurgery.kernels.choice import is_tracked
+
 Compute = Callable[[Tensor, Tensor | None, bool], Tensor]  # of input, what is added, with a ReLU
 
 _RELUS = (F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
@@ -99,7 +101,7 @@ def _suits(other: Any, x: Tensor) -> bool:
         and other.is_cpu
         and other.dtype == x.dtype
         and not other.is_neg()
-        and not (other.requires_grad and torch.is_grad_enabled())
+        and not is_tracked(other)
     )
 
 

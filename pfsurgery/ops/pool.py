@@ -52,14 +52,8 @@ class MaxPool(nn.Module):
         """The same maxima, of those along the last axis first."""
         window = self.window
         for axis in reversed(range(window.dims)):
-            given = (window.kernel_size, window.stride, padding, window.dilation)
-            x = pool(
-                x,
-                *(
-                    tuple(value if i == axis else other for i, value in enumerate(values))
-                    for values, other in zip(given, (1, 1, 0, 1), strict=True)
-                ),
-            )
+            size, stride = _along(axis, window.kernel_size, 1), _along(axis, window.stride, 1)
+            x = pool(x, size, stride, _along(axis, padding, 0), _along(axis, window.dilation, 1))
         return x
 
     def extra_repr(self) -> str:
@@ -99,6 +93,11 @@ class AvgPool(nn.Module):
     def extra_repr(self) -> str:
         """The window, for printing."""
         return str(self.window)
+
+
+def _along(axis: int, values: Size, elsewhere: int) -> Size:
+    """The value at one axis, and another at all others."""
+    return tuple(value if i == axis else elsewhere for i, value in enumerate(values))
 
 
 def _compiles() -> bool:

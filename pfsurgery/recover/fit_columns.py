@@ -59,7 +59,7 @@ def select_columns(
     taken = torch.zeros_like(free)
     order: list[int] = []
     removed: list[Tensor] = []
-    ahead, rows, known = torch.empty(0, dtype=torch.long), gram, dict[int, int]()
+    ahead, rows, known = torch.empty(0, dtype=torch.long), gram[:0], dict[int, int]()
     for b in range(most):
         power = torch.linalg.vector_norm(rest, dim=1).square()
         score = torch.where(free & (left > least), power / left.clamp(min=1e-300), -1.0)
