@@ -15,6 +15,7 @@ from pfsurgery.kernels.fused import KERNELS
 from pfsurgery.measure.latency import latency
 from pfsurgery.modules import get_module, is_pointwise, is_watched, replace_everywhere
 from pfsurgery.ops.bottleneck import Bottleneck
+from pfsurgery.packed import PackedConv2d
 from pfsurgery.residual import LastReLU, adds, is_plain_call, reader, site_of
 from pfsurgery.rewrite import inherit
 from pfsurgery.sites import Geometry, geometry_of
@@ -24,6 +25,7 @@ _SMALL = 1 << 16  # numbers; what is over in a few microseconds is timed more of
 _GAIN = 0.95  # of a convolution's time; a kernel that saves less is not worth having
 
 Behind = Literal["nothing", "relu", "addition"]
+Form = Literal["stock", "packed", "kernel"]
 
 
 def take_in_activations(seen: GraphView, model: nn.Module) -> None:
@@ -64,45 +66,54 @@ def _is_all_reached(path: str, seen: GraphView) -> bool:
     )
 
 
-def speed_up_pointwise(seen: GraphView, model: nn.Module) -> None:
-    """Let the kernel compute the pointwise convolutions that it computes faster, as timed now.
+def speed_up_convolutions(seen: GraphView, model: nn.Module) -> None:
+    """Put a faster convolution in the place of each, as timed now: packed, or the kernel's.
 
-    The ReLU behind one is timed too, as the kernel takes it in. With those at the end of a residual
-    block the addition and the ReLU behind that are, as `take_in_additions` leaves them to the
-    kernel.
+    The kernel computes pointwise ones. The ReLU behind one is timed too, as the kernel takes it in.
+    With those at the end of a residual block the addition and the ReLU behind that are, as
+    `take_in_additions` leaves them to the kernel.
     """
-    faster: dict[tuple[Geometry, tuple[int, ...], Behind], bool] = {}
-    for node in _pointwise(seen, model):
+    fastest: dict[tuple[Geometry, tuple[int, ...], Behind], Form] = {}
+    for node in _convolutions(seen, model):
         conv = get_module(model, str(node.target))
         assert isinstance(conv, nn.Conv2d)
+        shape = tuple(node.meta["in_shape"])
         relu, follows = _relu_after(node, seen, model), reader(node, model)
         behind: Behind = "nothing" if relu is None else "relu"
         if follows is not None and adds(follows):
             behind = "addition"
-        key = (geometry_of(conv), tuple(node.meta["in_shape"]), behind)
-        if key not in faster:
-            faster[key] = _is_faster_in_kernel(conv, *key[1:])
-        if faster[key]:
-            made = _as_bottleneck(conv)
-            inherit(made, conv)
-            replace_everywhere(model, conv, made)
-            if relu is not None:
-                _take_in(relu, made, model)
+        key = (geometry_of(conv), shape, behind)
+        if key not in fastest:
+            fastest[key] = _fastest_form(conv, shape, behind)
+        if fastest[key] == "stock":
+            continue
+        made = PackedConv2d(conv, shape) if fastest[key] == "packed" else _as_bottleneck(conv)
+        inherit(made, conv)
+        replace_everywhere(model, conv, made)
+        if relu is not None and isinstance(made, Bottleneck):
+            _take_in(relu, made, model)
 
 
-def _is_faster_in_kernel(conv: nn.Conv2d, shape: tuple[int, ...], behind: Behind) -> bool:
-    """Whether the kernel computes a pointwise convolution, and what is behind it, faster."""
+def _fastest_form(conv: nn.Conv2d, shape: tuple[int, ...], behind: Behind) -> Form:
+    """What computes a convolution, and what is behind it, fastest."""
     x = torch.zeros(shape, dtype=conv.weight.dtype).contiguous(memory_format=torch.channels_last)
+    packed = PackedConv2d(conv, shape)
+    form: Form = "packed" if _is_faster(packed, conv, x) else "stock"
+    best = packed if form == "packed" else conv
+    if not is_pointwise(conv):
+        return form
     made = _as_bottleneck(conv)
-    if behind == "nothing":
-        return _is_faster(made, conv, x)
+    after: nn.Module = made
+    before: nn.Module = best
     if behind == "relu":
         made.relu = True
-        return _is_faster(made, nn.Sequential(conv, nn.ReLU(inplace=True)), x)
-    made.summed = made.raised = True
-    with torch.no_grad():
-        shortcut = conv(x)
-    return _is_faster(_BlocksEnd(made, shortcut), _BlocksEnd(conv, shortcut), x)
+        before = nn.Sequential(best, nn.ReLU(inplace=True))
+    elif behind == "addition":
+        made.summed = made.raised = True
+        with torch.no_grad():
+            shortcut = conv(x)
+        after, before = _BlocksEnd(made, shortcut), _BlocksEnd(best, shortcut)
+    return "kernel" if _is_faster(after, before, x) else form
 
 
 class _BlocksEnd(nn.Module):
@@ -153,13 +164,13 @@ def _is_faster(after: nn.Module, before: nn.Module, x: Tensor) -> bool:
     return taken["after"].median_ms < _GAIN * taken["before"].median_ms
 
 
-def _pointwise(seen: GraphView, model: nn.Module) -> Iterator[fx.Node]:
-    """Calls of pointwise convolutions on the CPU that are called once."""
+def _convolutions(seen: GraphView, model: nn.Module) -> Iterator[fx.Node]:
+    """Calls of convolutions on the CPU that are called once."""
     for node in seen.graph.nodes:
         if node.op != "call_module" or seen.calls(path := str(node.target)) != 1:
             continue
         conv = get_module(model, path)
-        if type(conv) is not nn.Conv2d or not is_pointwise(conv):
+        if type(conv) is not nn.Conv2d:
             continue
         inside = isinstance(get_module(model, path.rpartition(".")[0]), Bottleneck)
         computed = conv.weight.dtype in KERNELS and conv.weight.device.type == "cpu"

@@ -8,7 +8,7 @@ from torch import nn
 
 from pfsurgery.example import Example, example_inputs
 from pfsurgery.fold import fold_norms
-from pfsurgery.fuse import speed_up_on_gpu, speed_up_pointwise, take_in_activations
+from pfsurgery.fuse import speed_up_convolutions, speed_up_on_gpu, take_in_activations
 from pfsurgery.graph import GraphView, view
 from pfsurgery.measure.latency import MemoryFormat, first_tensor, in_format, latency
 from pfsurgery.modules import copied
@@ -72,7 +72,7 @@ def _in_format(seen: GraphView, model: nn.Module, memory_format: MemoryFormat) -
     """A copy of `model` in a memory format, with what the fused kernel does better there."""
     made = in_format(model, (), memory_format)[0]
     if memory_format == "channels_last":
-        speed_up_pointwise(seen, made)
+        speed_up_convolutions(seen, made)
     take_in_additions(seen, made)
     return made
 

@@ -104,12 +104,19 @@ def why_traced(x: Tensor) -> str | None:
     return None
 
 
-def _why_not(x: Tensor) -> str | None:
-    """Why no kernel runs for an input of this kind, of whatever size."""
+def why_off(x: Tensor) -> str | None:
+    """Why nothing but torch's own calls may run, whatever the input is like."""
     if (reason := why_traced(x)) is not None:
         return reason
     if not _enabled.get():
         return "kernels are switched off by `disabled`"
+    return _why_switched_off()
+
+
+def _why_not(x: Tensor) -> str | None:
+    """Why no kernel runs for an input of this kind, of whatever size."""
+    if (reason := why_off(x)) is not None:
+        return reason
     if x.ndim != 4:
         return f"the input has {x.ndim} dimensions, not 4"
     if x.is_neg():
@@ -141,9 +148,13 @@ def _has_tiles() -> bool:
 
 
 @lru_cache
+def _why_switched_off() -> str | None:
+    off = os.environ.get(_SWITCH, "1") == "0"
+    return f"{_SWITCH}=0 switches the kernels off" if off else None
+
+
+@lru_cache
 def _why_missing(library: str) -> str | None:
-    if os.environ.get(_SWITCH, "1") == "0":
-        return f"{_SWITCH}=0 switches the kernels off"
     try:
         missing = find_spec(library) is None
     except ValueError:
