@@ -30,11 +30,12 @@ def optimize(
     them where that is exact, or else into a pointwise convolution right behind. Weights so small
     that they are denormal become 0: processors take a slow path for them. Fitted bottlenecks keep
     their weights packed for the fused kernel and take in the ReLU behind them, or the addition and
-    the ReLU that end a residual block; in channels_last that kernel also runs the pointwise
-    convolutions, with the ReLU behind them, that it is seen to run faster. On a GPU one Triton
-    kernel runs the bottlenecks that it is seen to run faster. Later changes of the weights are not
-    noticed, and what the example does not reach is not looked at; where a model chooses among norms
-    of one module, none of these is folded. Names in the state dict differ, and the copy carries no
+    the ReLU that end a residual block. In channels_last on a CPU that kernel also runs the
+    pointwise convolutions, with the ReLU behind them, that it is seen to run faster, and other
+    convolutions have their weights packed for oneDNN where that is. On a GPU one Triton kernel runs
+    the bottlenecks that it is seen to run faster. Later changes of the weights are not noticed, and
+    what the example does not reach is not looked at; where a model chooses among norms of one
+    module, none of these is folded. Names in the state dict differ, and the copy carries no
     record: save the model that it was made from.
 
     Args:
