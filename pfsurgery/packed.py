@@ -7,54 +7,67 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pfsurgery.kernels import onednn
+from pfsurgery.kernels.onednn import pack
 from pfsurgery.sites import geometry_of
 
 
 class PackedConv2d(nn.Conv2d):
-    """A convolution (N, C, H, W) to (N, C', H', W') whose weights oneDNN has in its own order.
+    """A convolution (N, C, H, W) to (N, C', H', W') whose weights oneDNN has in its own order, too.
 
-    With gradients, in other layouts than channels last, and wherever someone traces, it is the
-    convolution that it was made from. Weights that are loaded later are not noticed.
-
-    Args:
-        conv: The convolution; its parameters are shared.
-        input_shape: The (N, C, H, W) that the packed weights are best for.
+    With gradients, in other layouts than channels last, after a change of the weights and wherever
+    someone traces, it is the convolution that it was made from. Made by `packed`.
     """
 
-    def __init__(self, conv: nn.Conv2d, input_shape: tuple[int, ...]) -> None:
-        window: Any = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
-        further: Any = (conv.groups, conv.bias is not None, conv.padding_mode, "meta")
-        super().__init__(conv.in_channels, conv.out_channels, *window, *further)
-        self.weight, self.bias = conv.weight, conv.bias
-        self._input_shape = input_shape
-        self._pack()
+    __jit_unused_properties__ = ("is_packed",)  # which torch.jit.script leaves out
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether oneDNN computes such a convolution."""
+        return self._kernel is not None
 
     def forward(self, input: Tensor) -> Tensor:
         """The convolution of (N, C, H, W)."""
-        if self._packed is None or self._is_tracked(input) or not onednn.serves(input, self.weight):
-            return super().forward(input)
-        return self._packed(input)
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            kernel = self._kernel
+            if kernel and kernel.serves(input, self.weight) and not self._is_tracked(input):
+                return kernel(input, self.bias)
+        made: Tensor = self._conv_forward(input, self.weight, self.bias)
+        return made
 
     def _is_tracked(self, x: Tensor) -> bool:
         return torch.is_grad_enabled() and any(
-            tensor.requires_grad for tensor in (x, *self.parameters())
+            tensor.requires_grad for tensor in (x, *self.parameters(recurse=False))
         )
 
-    def _pack(self) -> None:
-        geometry = geometry_of(self)
-        self._packed = onednn.packed(self.weight, self.bias, geometry, self._input_shape)
+    def pack(self, input_shape: tuple[int, ...]) -> None:
+        """Pack the weights for inputs (N, C, H, W)."""
+        self._input_shape = input_shape
+        self._kernel = pack(geometry_of(self), self.weight, input_shape)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Packed weights go where the weights go."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._pack()
+        self.pack(self._input_shape)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the packed weights, which cannot be copied."""
-        return {**self.__dict__, "_packed": None}
+        return {**self.__dict__, "_kernel": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._pack()
+        self.pack(self._input_shape)
+
+
+def packed(conv: nn.Conv2d, input_shape: tuple[int, ...]) -> PackedConv2d:
+    """A convolution with packed weights that has all that `conv` has; it shares the parameters.
+
+    Args:
+        conv: A `torch.nn.Conv2d` itself, not one of its children.
+        input_shape: The (N, C, H, W) that the packed weights are best for.
+    """
+    made = PackedConv2d.__new__(PackedConv2d)
+    own = {name: dict(getattr(conv, name)) for name in ("_parameters", "_buffers", "_modules")}
+    made.__dict__ = {**conv.__dict__, **own}
+    made.pack(input_shape)
+    return made

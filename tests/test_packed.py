@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from types import MethodType
 
 import pytest
 import timm
@@ -12,11 +13,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pfsurgery
 from pfsurgery import fuse
 from pfsurgery.kernels import disabled
-from pfsurgery.packed import PackedConv2d
+from pfsurgery.packed import PackedConv2d, packed
 
 pytestmark = pytest.mark.skipif(not torch._C._has_mkldnn, reason="this torch has no oneDNN")
 
@@ -37,7 +39,7 @@ BFLOAT16 = pytest.param(
 def pair(conv, shape=(2, 8, 12, 12)):
     """A convolution in channels_last, and the same one with packed weights."""
     conv = conv.eval().to(memory_format=LAST)
-    return conv, PackedConv2d(conv, shape)
+    return conv, packed(conv, shape)
 
 
 def image(*shape):
@@ -75,10 +77,12 @@ def test_packed_weights_compute_the_same(dtype, data):
     conv = data.draw(convolutions())
     sizes = st.tuples(st.integers(1, 4), st.integers(9, 20), st.integers(9, 20))
     (n, height, width), meant = data.draw(sizes), data.draw(sizes)
-    conv, packed = pair(conv.to(dtype), (meant[0], conv.in_channels, *meant[1:]))
+    conv, fast = pair(conv.to(dtype), (meant[0], conv.in_channels, *meant[1:]))
     x = torch.randn(n, conv.in_channels, height, width).to(dtype, memory_format=LAST)
     with torch.no_grad():
-        torch.testing.assert_close(packed(x), conv(x), **CLOSE[dtype])
+        made, wanted = fast(x), conv(x)
+    torch.testing.assert_close(made, wanted, **CLOSE[dtype])
+    assert made.is_contiguous() == wanted.is_contiguous()
 
 
 @pytest.mark.parametrize(
@@ -87,77 +91,79 @@ def test_packed_weights_compute_the_same(dtype, data):
     ids=["no images", "one image", "NCHW", "sliced"],
 )
 def test_inputs_of_other_kinds_go_too(x):
-    conv, packed = pair(nn.Conv2d(8, 8, 3, padding=1))
+    conv, fast = pair(nn.Conv2d(8, 8, 3, padding=1))
     with torch.no_grad():
-        torch.testing.assert_close(packed(x), conv(x))
+        torch.testing.assert_close(fast(x), conv(x))
 
 
 def test_a_wrong_number_of_channels_is_torchs_own_error():
-    _, packed = pair(nn.Conv2d(8, 8, 3))
+    _, fast = pair(nn.Conv2d(8, 8, 3))
     with torch.no_grad(), pytest.raises(RuntimeError, match="8 channels"):
-        packed(image(2, 6, 12, 12))
+        fast(image(2, 6, 12, 12))
 
 
 def test_nan_and_infinity_are_not_lost():
-    conv, packed = pair(nn.Conv2d(8, 8, 3, padding=1))
+    conv, fast = pair(nn.Conv2d(8, 8, 3, padding=1))
     x = image()
     x[0, 3, 4, 4], x[1, 5, 0, 0] = float("nan"), float("inf")
-    times, made = runs_packed(packed, x)
+    times, made = runs_packed(fast, x)
     assert times == 1
     with torch.no_grad():
         assert torch.equal(made.isfinite(), conv(x).isfinite())
 
 
 def test_gradients_are_those_of_the_convolution():
-    conv, packed = pair(nn.Conv2d(8, 8, 3, padding=1))
+    conv, fast = pair(nn.Conv2d(8, 8, 3, padding=1))
     found = []
-    for module in (conv, packed):
+    for module in (conv, fast):
         x = image().requires_grad_()
         found.append(torch.autograd.grad(module(x).square().sum(), (x, *module.parameters())))
     for made, wanted in zip(*found, strict=True):
         torch.testing.assert_close(made, wanted)
-    assert torch.func.jvp(packed.requires_grad_(False), (image(),), (image(),))[1].any()
+    assert torch.func.jvp(fast.requires_grad_(False), (image(),), (image(),))[1].any()
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")
 def test_standard_calls_are_made_where_they_are_asked_for():
-    conv, packed = pair(nn.Conv2d(8, 8, 3, padding=1))
+    conv, fast = pair(nn.Conv2d(8, 8, 3, padding=1))
     x = image()
-    assert runs_packed(packed, x)[0] == 1
+    assert runs_packed(fast, x)[0] == 1
     with disabled():
-        assert runs_packed(packed, x)[0] == 0
+        assert runs_packed(fast, x)[0] == 0
     with torch.backends.mkldnn.flags(enabled=False):
-        assert runs_packed(packed, x)[0] == 0
+        assert runs_packed(fast, x)[0] == 0
     with torch.autocast("cpu", torch.bfloat16):
-        assert runs_packed(packed, x)[1].dtype == torch.bfloat16
+        assert runs_packed(fast, x)[1].dtype == torch.bfloat16
     with torch.no_grad():
-        exported = torch.export.export(packed, (x,))
+        exported = torch.export.export(fast, (x,))
         called = {str(n.target) for n in exported.graph.nodes if n.op == "call_function"}
         assert called == {"aten.conv2d.default"}
-        traced = torch.jit.trace(packed, x)
-        compiled = torch.compile(packed, backend="eager", fullgraph=True)
+        traced = torch.jit.trace(fast, x)
+        assert torch.fx.symbolic_trace(nn.Sequential(fast)).graph
+        torch.testing.assert_close(torch.jit.script(fast)(x), conv(x))
+        compiled = torch.compile(fast, backend="eager", fullgraph=True)
         for made in (exported.module(), traced, compiled):
             torch.testing.assert_close(made(x), conv(x))
-        torch.testing.assert_close(torch.func.vmap(packed)(x[None]), conv(x)[None])
+        torch.testing.assert_close(torch.func.vmap(fast)(x[None]), conv(x)[None])
 
 
 def test_copies_and_other_kinds_of_numbers_are_packed_too():
-    conv, packed = pair(nn.Conv2d(8, 8, 3, padding=1))
+    conv, fast = pair(nn.Conv2d(8, 8, 3, padding=1))
     x = image()
-    for made in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+    for made in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
         times, found = runs_packed(made, x)
         assert times == 1
-        assert made.weight is not packed.weight
+        assert made.weight is not fast.weight
         torch.testing.assert_close(found, runs_packed(conv, x)[1])
-    assert packed.state_dict().keys() == conv.state_dict().keys()
-    double = copy.deepcopy(packed).double()
+    assert fast.state_dict().keys() == conv.state_dict().keys()
+    double = copy.deepcopy(fast).double()
     assert runs_packed(double, x.double())[0] == 0
     back = double.float()
     assert runs_packed(back, x)[0] == 1
 
 
 def test_several_threads_use_the_same_packed_weights():
-    conv, packed = pair(nn.Conv2d(8, 16, 3, padding=1))
+    conv, fast = pair(nn.Conv2d(8, 16, 3, padding=1))
     images = [image(n, 8, 12 + n, 12) for n in range(1, 9)]
 
     def of(module):
@@ -168,8 +174,113 @@ def test_several_threads_use_the_same_packed_weights():
         return made
 
     with ThreadPoolExecutor(4) as pool:
-        for made, wanted in zip(pool.map(of(packed), images), map(of(conv), images), strict=True):
+        for made, wanted in zip(pool.map(of(fast), images), map(of(conv), images), strict=True):
             torch.testing.assert_close(made, wanted)
+
+
+def test_a_copy_without_storage_is_the_plain_convolution():
+    _, fast = pair(nn.Conv2d(8, 8, 3, padding=1))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert not copy.deepcopy(fast).is_packed
+    assert not copy.deepcopy(fast).to("meta").is_packed
+
+
+CHANGES = {
+    "loaded": lambda conv, other: conv.load_state_dict(other.state_dict()),
+    "assigned": lambda conv, other: conv.load_state_dict(other.state_dict(), assign=True),
+    "set": lambda conv, other: setattr(conv, "weight", other.weight),
+    "written over": lambda conv, other: nn.init.constant_(conv.weight, 0.5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_weights_are_noticed(change):
+    conv, fast = pair(nn.Conv2d(8, 8, 3, padding=1))
+    other, x = nn.Conv2d(8, 8, 3, padding=1), image()
+    assert runs_packed(fast, x)[0] == 1
+    CHANGES[change](fast, other)
+    CHANGES[change](conv, other)
+    times, made = runs_packed(fast, x)
+    assert times == 0
+    with torch.no_grad():
+        torch.testing.assert_close(made, conv(x))
+    assert runs_packed(fast.to(torch.float32), x)[0] == 1
+
+
+def test_other_parameters_for_one_call_are_taken():
+    conv, fast = pair(nn.Conv2d(8, 8, 3, padding=1))
+    other = {name: torch.randn_like(value) for name, value in conv.state_dict().items()}
+    with torch.no_grad():
+        made = torch.func.functional_call(fast, other, image())
+        torch.testing.assert_close(made, torch.func.functional_call(conv, other, image()))
+
+
+def test_a_stride_over_a_dilated_window_is_left_to_torch():
+    """oneDNN reads beyond narrow inputs, as torch 2.14 has it."""
+    conv = nn.Conv2d(16, 16, 2, stride=3, padding=4, dilation=3)
+    assert not packed(conv, (1, 16, 4, 2)).is_packed
+
+
+def test_narrow_inputs_that_onednn_gets_wrong_are_left_to_torch():
+    """torch gives it no small batch of one, where oneDNN's numbers are wrong."""
+    conv, fast = pair(nn.Conv2d(1, 16, 3, stride=(1, 2)), (8, 1, 32, 32))
+    for shape in ((1, 1, 4, 4), (1, 1, 7, 3)):
+        x = image(*shape)
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), conv(x))
+
+
+class Flattening(nn.Module):
+    """Spectrograms, say: one channel, and what is made of them as one vector."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 64, 5, padding=2)
+
+    def forward(self, x):
+        return self.conv(x).relu().view(len(x), -1)
+
+
+class Carrying(nn.Module):
+    """A convolution that carries what its owner uses."""
+
+    def __init__(self, kernel_size):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, kernel_size, padding="same")
+        self.conv.gain = 3.0
+        self.conv.more = nn.Conv2d(8, 8, 1)
+        self.conv.register_buffer("scale", torch.ones(8))
+
+    def forward(self, x):
+        return self.conv(x) * self.conv.gain + self.conv.more(x)
+
+
+def doubled(self, x):
+    return 2 * self._conv_forward(x, self.weight, self.bias)
+
+
+def with_its_own_forward():
+    conv = nn.Conv2d(8, 8, 3, padding=1)
+    conv.forward = MethodType(doubled, conv)
+    return nn.Sequential(conv)
+
+
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [
+        pytest.param(Flattening(), image(2, 1, 24, 24), id="one channel"),
+        pytest.param(Carrying(3), image(), id="attributes"),
+        pytest.param(Carrying(1), image(), id="attributes of a pointwise one"),
+        pytest.param(with_its_own_forward(), image(), id="its own forward"),
+    ],
+)
+def test_what_hangs_on_a_convolution_stays(model, x, monkeypatch):
+    monkeypatch.setattr(fuse, "_is_faster", lambda *_: True)
+    fast = pfsurgery.optimize(model.eval(), x, memory_format="channels_last")
+    lost = model.state_dict().keys() - fast.state_dict().keys()
+    assert lost <= {"conv.more.weight", "conv.more.bias"}  # itself in the kernel
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x))
 
 
 @pytest.mark.parametrize("name", ["resnet26", "mobilenetv2_050", "regnetx_002", "convnext_atto"])

@@ -15,7 +15,7 @@ from pfsurgery.errors import PolicyError
 from pfsurgery.measure.latency import latency
 from pfsurgery.ops.bottleneck import Bottleneck
 from pfsurgery.optimize import optimize
-from pfsurgery.packed import PackedConv2d
+from pfsurgery.packed import packed
 from pfsurgery.plan import Decision, decide
 from pfsurgery.policy import Rule, Tail, Tell
 from pfsurgery.recover.build import op_of
@@ -196,8 +196,8 @@ def _lines(
     size = (batch * site.input_shape[0] // site.images, *site.input_shape[1:])
     x = torch.zeros(size, device=weight.device, dtype=weight.dtype)
     x = x.contiguous(memory_format=torch.channels_last)
-    if x.is_cpu and type(conv) is nn.Conv2d:  # what `optimize` may make of one that is kept
-        timed["packed"] = PackedConv2d(copy.deepcopy(conv), size)
+    if type(conv) is nn.Conv2d and (made := packed(copy.deepcopy(conv), size)).is_packed:
+        timed["packed"] = made  # what `optimize` may make of one that is kept
     for module in timed.values():
         module.to(memory_format=torch.channels_last)
     calls = max(1, site.calls)
