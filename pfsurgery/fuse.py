@@ -74,7 +74,7 @@ def speed_up_convolutions(seen: GraphView, model: nn.Module) -> None:
     With those at the end of a residual block the addition and the ReLU behind that are, as
     `take_in_additions` leaves them to the kernel.
     """
-    fastest: dict[tuple[Geometry, torch.dtype, tuple[int, ...], Behind], Form] = {}
+    fastest: dict[tuple[Geometry, torch.dtype, bool, tuple[int, ...], Behind], Form] = {}
     for node in _convolutions(seen, model):
         conv = get_module(model, str(node.target))
         assert isinstance(conv, nn.Conv2d)
@@ -83,9 +83,10 @@ def speed_up_convolutions(seen: GraphView, model: nn.Module) -> None:
         behind: Behind = "nothing" if relu is None else "relu"
         if follows is not None and adds(follows):
             behind = "addition"
-        key = (geometry_of(conv), conv.weight.dtype, shape, behind)
+        fits = is_pointwise(conv) and not _has_more(conv)
+        key = (geometry_of(conv), conv.weight.dtype, fits, shape, behind)
         if key not in fastest:
-            fastest[key] = _fastest_form(conv, shape, behind)
+            fastest[key] = _fastest_form(conv, fits, shape, behind)
         if fastest[key] == "stock":
             continue
         made = packed(conv, shape) if fastest[key] == "packed" else _as_bottleneck(conv)
@@ -95,15 +96,15 @@ def speed_up_convolutions(seen: GraphView, model: nn.Module) -> None:
             _take_in(relu, made, model)
 
 
-def _fastest_form(conv: nn.Conv2d, shape: tuple[int, ...], behind: Behind) -> Form:
-    """What computes a convolution, and what is behind it, fastest."""
+def _fastest_form(conv: nn.Conv2d, fits: bool, shape: tuple[int, ...], behind: Behind) -> Form:
+    """What computes a convolution, and what is behind it, fastest; the kernel if it `fits`."""
     with torch.random.fork_rng(devices=[]):
         x = torch.randn(shape).to(conv.weight.dtype, memory_format=torch.channels_last)
     form: Form = "stock"
     best, other = conv, packed(conv, shape)
     if other.is_packed and _agree(other, conv, x) and _is_faster(other, conv, x):
         form, best = "packed", other
-    if not is_pointwise(conv) or _has_more(conv):
+    if not fits:
         return form
     made = _as_bottleneck(conv)
     after: nn.Module = made
