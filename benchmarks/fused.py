@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from pfsurgery.kernels import disabled
 from pfsurgery.ops.bottleneck import Bottleneck
-from pfsurgery.packed import PackedConv2d
+from pfsurgery.packed import packed
 from pfsurgery.recover.device import typical_structure
 from pfsurgery.recover.fit import Form
 from pfsurgery.recover.options import Option
@@ -64,8 +64,8 @@ def site(
     x = torch.randn(batch, channels, size, size).to(dtype, memory_format=memory_format)
     conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
     conv = conv.to(dtype, memory_format=memory_format)
-    packed = PackedConv2d(conv, tuple(x.shape))
-    calls: dict[str, Callable[[], object]] = {"stock": lambda: conv(x), "packed": lambda: packed(x)}
+    once = packed(conv, tuple(x.shape))
+    calls: dict[str, Callable[[], object]] = {"stock": lambda: conv(x), "packed": lambda: once(x)}
     macs = {DENSE: 9 * channels * channels}
     for name, structure in forms(channels).items():
         module = Bottleneck(geometry, structure).eval().to(dtype)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pfsurgery.kernels.onednn import pack
+from pfsurgery.kernels import onednn
 from pfsurgery.sites import geometry_of
 
 
@@ -42,7 +42,7 @@ class PackedConv2d(nn.Conv2d):
     def pack(self, input_shape: tuple[int, ...]) -> None:
         """Pack the weights for inputs (N, C, H, W)."""
         self._input_shape = input_shape
-        self._kernel = pack(geometry_of(self), self.weight, input_shape)
+        self._kernel = onednn.pack(geometry_of(self), self.weight, input_shape)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Packed weights go where the weights go."""
@@ -63,7 +63,7 @@ def packed(conv: nn.Conv2d, input_shape: tuple[int, ...]) -> PackedConv2d:
     """A convolution with packed weights that has all that `conv` has; it shares the parameters.
 
     Args:
-        conv: A `torch.nn.Conv2d` itself, not one of its children.
+        conv: A `torch.nn.Conv2d`, not of a subclass, which may compute something else.
         input_shape: The (N, C, H, W) that the packed weights are best for.
     """
     made = PackedConv2d.__new__(PackedConv2d)
