@@ -1,4 +1,4 @@
-"""What `optimize` lets the fused kernel do beside the fitted sites."""
+"""What `optimize` makes faster beside the fitted sites: by the fused kernel, or packed weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pfsurgery.sites import Geometry, geometry_of
 from pfsurgery.structure import Run, Structure
 
 _SMALL = 1 << 16  # numbers; what is over in a few microseconds is timed more often
-_OWN = vars(nn.Conv2d(1, 1, 1)).keys()
+_OWN = vars(nn.Conv2d(1, 1, 1)).keys()  # attributes of every convolution
 _GAIN = 0.95  # of a convolution's time; a kernel that saves less is not worth having
 
 Behind = Literal["nothing", "relu", "addition"]
@@ -87,13 +87,14 @@ def speed_up_convolutions(seen: GraphView, model: nn.Module) -> None:
         key = (geometry_of(conv), conv.weight.dtype, fits, shape, behind)
         if key not in fastest:
             fastest[key] = _fastest_form(conv, fits, shape, behind)
-        if fastest[key] == "stock":
-            continue
-        made = packed(conv, shape) if fastest[key] == "packed" else _as_bottleneck(conv)
-        inherit(made, conv)
-        replace_everywhere(model, conv, made)
-        if relu is not None and isinstance(made, Bottleneck):
-            _take_in(relu, made, model)
+        if fastest[key] == "packed":
+            replace_everywhere(model, conv, packed(conv, shape))
+        elif fastest[key] == "kernel":
+            made = _as_bottleneck(conv)
+            inherit(made, conv)
+            replace_everywhere(model, conv, made)
+            if relu is not None:
+                _take_in(relu, made, model)
 
 
 def _fastest_form(conv: nn.Conv2d, fits: bool, shape: tuple[int, ...], behind: Behind) -> Form:
@@ -126,10 +127,10 @@ def _has_more(conv: nn.Conv2d) -> bool:
     return not own or not conv._parameters.keys() <= {"weight", "bias"}
 
 
-def _agree(packed: nn.Module, conv: nn.Conv2d, x: Tensor) -> bool:
+def _agree(fast: nn.Module, conv: nn.Conv2d, x: Tensor) -> bool:
     """Whether oneDNN computes what torch does: on some narrow inputs it does not."""
     with torch.no_grad():
-        made, wanted = packed(x).float(), conv(x).float()
+        made, wanted = fast(x).float(), conv(x).float()
     close = torch.finfo(x.dtype).eps ** 0.5 * wanted.abs().max()
     return bool(((made - wanted).abs() <= close).all())
 
@@ -188,7 +189,7 @@ def _convolutions(seen: GraphView, model: nn.Module) -> Iterator[fx.Node]:
         if node.op != "call_module" or seen.calls(path := str(node.target)) != 1:
             continue
         conv = get_module(model, path)
-        if type(conv) is not nn.Conv2d or {"forward", "_conv_forward"} & vars(conv).keys():
+        if type(conv) is not nn.Conv2d:
             continue
         inside = isinstance(get_module(model, path.rpartition(".")[0]), Bottleneck)
         computed = conv.weight.dtype in KERNELS and conv.weight.device.type == "cpu"

@@ -75,9 +75,14 @@ def _replace_in_containers(holder: nn.Module, old: nn.Module, new: nn.Module) ->
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether a hook watches what `module` reads or makes, or the gradients."""
+    """Whether someone watches what `module` reads or makes, or the gradients, or runs in its place.
+
+    That is by a hook, or by a `forward` that was put on this very object, as accelerate does.
+    """
     return bool(
-        module._forward_hooks
+        "forward" in module.__dict__
+        or "_conv_forward" in module.__dict__
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks

@@ -33,9 +33,9 @@ def optimize(
     the ReLU that end a residual block. In channels_last on a CPU that kernel also runs the
     pointwise convolutions, with the ReLU behind them, that it is seen to run faster, and other
     convolutions have their weights packed for oneDNN where that is. On a GPU one Triton kernel runs
-    the bottlenecks that it is seen to run faster. Later changes of the weights are not noticed, and
-    what the example does not reach is not looked at; where a model chooses among norms of one
-    module, none of these is folded. Names in the state dict differ, and the copy carries no
+    the bottlenecks that it is seen to run faster. Bottlenecks do not notice later changes of the
+    weights, and what the example does not reach is not looked at; where a model chooses among norms
+    of one module, none of these is folded. Names in the state dict differ, and the copy carries no
     record: save the model that it was made from.
 
     Args:
@@ -70,7 +70,7 @@ def optimize(
 
 
 def _in_format(seen: GraphView, model: nn.Module, memory_format: MemoryFormat) -> nn.Module:
-    """A copy of `model` in a memory format, with what the fused kernel does better there."""
+    """A copy of `model` in a memory format, with what is faster there."""
     made = in_format(model, (), memory_format)[0]
     if memory_format == "channels_last":
         speed_up_convolutions(seen, made)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pfsurgery.kernels import onednn
+from pfsurgery.kernels.choice import is_tracked
 from pfsurgery.sites import geometry_of
 
 
@@ -28,16 +29,11 @@ class PackedConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """The convolution of (N, C, H, W)."""
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            kernel = self._kernel
-            if kernel and kernel.serves(input, self.weight) and not self._is_tracked(input):
+            kernel, weights = self._kernel, self.parameters(recurse=False)
+            if kernel and kernel.serves(input, self.weight) and not is_tracked(input, weights):
                 return kernel(input, self.bias)
         made: Tensor = self._conv_forward(input, self.weight, self.bias)
         return made
-
-    def _is_tracked(self, x: Tensor) -> bool:
-        return torch.is_grad_enabled() and any(
-            tensor.requires_grad for tensor in (x, *self.parameters(recurse=False))
-        )
 
     def pack(self, input_shape: tuple[int, ...]) -> None:
         """Pack the weights for inputs (N, C, H, W)."""

@@ -260,10 +260,12 @@ def doubled(self, x):
     return 2 * self._conv_forward(x, self.weight, self.bias)
 
 
-def with_its_own_forward():
+def with_its_own_forward(norm=False):
     conv = nn.Conv2d(8, 8, 3, padding=1)
     conv.forward = MethodType(doubled, conv)
-    return nn.Sequential(conv)
+    behind = nn.BatchNorm2d(8)
+    nn.init.normal_(behind.running_mean)
+    return nn.Sequential(conv, behind) if norm else nn.Sequential(conv)
 
 
 @pytest.mark.parametrize(
@@ -273,6 +275,7 @@ def with_its_own_forward():
         pytest.param(Carrying(3), image(), id="attributes"),
         pytest.param(Carrying(1), image(), id="attributes of a pointwise one"),
         pytest.param(with_its_own_forward(), image(), id="its own forward"),
+        pytest.param(with_its_own_forward(True), image(), id="its own forward before a norm"),
     ],
 )
 def test_what_hangs_on_a_convolution_stays(model, x, monkeypatch):

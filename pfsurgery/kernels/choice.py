@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -51,9 +51,9 @@ def has_loops(x: Tensor, down: Axis, across: Axis, *, sums: bool) -> bool:
     return are_near(down, across) and x.shape[1:].numel() < MOST_NUMBERS and not tracked
 
 
-def is_tracked(x: Tensor) -> bool:
-    """Whether autograd follows what is made of `x`."""
-    return x.requires_grad and torch.is_grad_enabled()
+def is_tracked(x: Tensor, weights: Iterable[Tensor] = ()) -> bool:
+    """Whether autograd follows what is made of `x` and of weights."""
+    return torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights))
 
 
 def why_unfused(x: Tensor) -> str | None:

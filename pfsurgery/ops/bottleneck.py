@@ -130,16 +130,15 @@ class Bottleneck(nn.Module):
         if self.columns is None:
             made: Tensor = product(x)
             return made
-        if not self._is_tracked(x) or not self._is_plain() or choice.why_traced(x) is not None:
+        if (
+            not choice.is_tracked(x, self.parameters())
+            or not self._is_plain()
+            or choice.why_traced(x) is not None
+        ):
             made = product(self.columns(x))
             return made
         made = self.columns.times(x, product.weight[:, :, 0, 0])
         return made if product.bias is None else made + product.bias[:, None, None].to(made.dtype)
-
-    def _is_tracked(self, x: Tensor) -> bool:
-        return torch.is_grad_enabled() and (
-            x.requires_grad or any(weight.requires_grad for weight in self.parameters())
-        )
 
     def _is_plain(self) -> bool:
         """Whether the products are convolutions that nothing watches: adapters, masks, hooks."""
@@ -159,7 +158,7 @@ class Bottleneck(nn.Module):
 
     def _is_fused(self, x: Tensor) -> bool:
         return (
-            not self._is_tracked(x)
+            not choice.is_tracked(x, self.parameters())
             and choice.why_unfused(x) is None
             and self._kernel.computes(x)
             and self._is_plain()
@@ -169,7 +168,7 @@ class Bottleneck(nn.Module):
     def _is_in_gpu_kernel(self, x: Tensor) -> bool:
         return (
             x.is_cuda
-            and not self._is_tracked(x)
+            and not choice.is_tracked(x, self.parameters())
             and choice.why_stock(x) is None
             and not torch.is_autocast_enabled("cuda")
             and x.dtype != torch.float64

@@ -196,14 +196,15 @@ def _lines(
     size = (batch * site.input_shape[0] // site.images, *site.input_shape[1:])
     x = torch.zeros(size, device=weight.device, dtype=weight.dtype)
     x = x.contiguous(memory_format=torch.channels_last)
-    if type(conv) is nn.Conv2d and (made := packed(copy.deepcopy(conv), size)).is_packed:
-        timed["packed"] = made  # what `optimize` may make of one that is kept
     for module in timed.values():
         module.to(memory_format=torch.channels_last)
+    kept = timed["keep"]
+    if type(kept) is nn.Conv2d and (made := packed(kept, size)).is_packed:
+        timed["packed"] = made  # what `optimize` may make of one that is kept
     calls = max(1, site.calls)
     taken = {name: calls * t.median_ms for name, t in latency(timed, x, repeats=9).items()}
-    kept = min(taken["keep"], taken.get("packed", taken["keep"]))
-    found: dict[str | None, tuple[float, float]] = {None: (kept, 0.0)}
+    least = min(taken[name] for name in ("keep", "packed") if name in taken)
+    found: dict[str | None, tuple[float, float]] = {None: (least, 0.0)}
     for form in {_family(o) for o in sampled}:
         mine = [
             (_work(o, site.geometry), taken[str(i)])
