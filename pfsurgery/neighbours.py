@@ -28,6 +28,7 @@ _ACTIVATIONS = {
 _NORM_FUNCTIONS = {F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm}
 _WINDOW_POOLS: set[Any] = {F.max_pool1d, F.max_pool2d, F.max_pool3d}
 _WINDOW_POOLS |= {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d}
+_RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 # Functions that keep a pixel's channels apart from other channels, wherever the axes go.
 _CHANNELWISE = {
     *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.pad, F.interpolate),
@@ -94,6 +95,48 @@ def neighbours_of_module(path: str, seen: GraphView) -> Neighbours:
     counts = Counter(str(node.target) for node in seen.graph.nodes if node.op == "call_module")
     nodes = [n for n in seen.graph.nodes if n.op == "call_module" and n.target == path]
     return neighbours_of(nodes, seen, counts) if nodes else Neighbours()
+
+
+def is_rectified(path: str, merge: str | None, seen: GraphView) -> bool:
+    """Whether a ReLU, and nothing else, reads what becomes of a layer's output.
+
+    That is its output behind a norm, or the sum of this and a shortcut.
+
+    Args:
+        path: Path of the layer, a leaf.
+        merge: Path of the module that is known to read the sum, None without one.
+        seen: The graph view of its network.
+    """
+    nodes = [n for n in seen.graph.nodes if n.op == "call_module" and n.target == path]
+    return bool(nodes) and all(_meets_relu(node, merge is not None, seen) for node in nodes)
+
+
+def _meets_relu(node: fx.Node, added: bool, seen: GraphView) -> bool:
+    """Whether `node`'s output meets a ReLU behind a norm, and an addition exactly where `added`."""
+    norms = sums = 0
+    while len(node.users) == 1:
+        (user,) = node.users
+        if _is_relu(user, seen):
+            return sums == added
+        if _is_norm(user, seen) and not sums:
+            inner = _inner_activation(user, seen)
+            if inner is not None:
+                return type(inner) is nn.ReLU and not added
+            norms += 1
+        elif _is(user, _ADDITIONS) and len(user.args) == 2:
+            sums += 1
+        elif not _is_drop(user, seen):
+            return False
+        if norms > 1 or sums > 1:
+            return False
+        node = user
+    return False
+
+
+def _is_relu(node: fx.Node, seen: GraphView) -> bool:
+    if node.op == "call_module":
+        return type(seen.modules[str(node.target)]) is nn.ReLU
+    return _is(node, _RELUS)
 
 
 def _around(node: fx.Node, seen: GraphView) -> tuple[str | None, ...]:
@@ -202,8 +245,7 @@ def _tail(node: fx.Node, seen: GraphView) -> tuple[str | None, str | None]:
     while (user := _next(node)) is not None:
         if norm is None and activation is None and _is_norm(user, seen):
             norm = _owner(user)
-            inner = getattr(seen.modules.get(norm), "act", None)
-            if isinstance(inner, nn.Module) and not isinstance(inner, nn.Identity):
+            if _inner_activation(user, seen) is not None:
                 activation = f"{norm}.act"
         elif activation is None and _is_activation(user, seen):
             activation = _owner(user)
@@ -211,6 +253,12 @@ def _tail(node: fx.Node, seen: GraphView) -> tuple[str | None, str | None]:
             break
         node = user
     return norm, activation
+
+
+def _inner_activation(norm: fx.Node, seen: GraphView) -> nn.Module | None:
+    """The activation that a norm of timm holds inside, None where that does nothing."""
+    inner = getattr(seen.modules.get(_owner(norm)), "act", None)
+    return None if isinstance(inner, nn.Identity) or not isinstance(inner, nn.Module) else inner
 
 
 def _next(node: fx.Node) -> fx.Node | None:
@@ -279,7 +327,7 @@ def _merge(node: fx.Node, seen: GraphView) -> str | None:
         if _is(user, _ADDITIONS) and len(user.args) == 2:
             readers = [r for r in user.users if r.op == "call_module" and r.args[:1] == (user,)]
             return str(readers[0].target) if readers else None
-        plain_norm = _is_norm(user, seen) and not hasattr(seen.modules[_owner(user)], "act")
+        plain_norm = _is_norm(user, seen) and _inner_activation(user, seen) is None
         if not plain_norm and not _is_drop(user, seen):
             return None
         node = user

@@ -18,6 +18,7 @@ from pfsurgery.recover.calibration import (
     in_fast_layout,
 )
 from pfsurgery.recover.choices import finished
+from pfsurgery.recover.norms import settle
 from pfsurgery.recover.options import Option
 from pfsurgery.recover.polish import polish
 from pfsurgery.recover.screen import is_wide
@@ -57,6 +58,7 @@ class Bare:
         done = refit_in_order(teacher, student, sites, chosen, batches, tell, {})
         if done:
             polish(student, teacher, batches, judges, tell)
+            settle(student, batches)
         kept = "too many channels to choose all their operations together"
         return finished(model, student, self.name, plan, done, kept)
 

@@ -10,7 +10,6 @@ from torch import nn
 
 from pfsurgery.attention import layout_of
 from pfsurgery.graph import GraphView
-from pfsurgery.neighbours import neighbours_of_module
 from pfsurgery.ops.bottleneck import Bottleneck
 from pfsurgery.plan import Decision
 from pfsurgery.recover.front import Front
@@ -36,8 +35,9 @@ def aim_behind(
     if name is None:
         return Refit(decision.site.name, None, reason=_why_none(decision))
     twin = _twin(original, decision, name)
-    around = neighbours_of_module(twin, seen)
-    return layer_aim(student, original, decision.site.name, name, twin, around)
+    own = isinstance(student.get_submodule(decision.site.name), Composite)
+    dropped = decision.site.neighbours.tail if own and decision.tail == "drop" else ()
+    return layer_aim(student, original, decision.site.name, name, twin, seen, dropped)
 
 
 def refit_behind(

@@ -176,8 +176,8 @@ def _refit(
     norm = None if twin.how.norm is None else student.get_submodule(twin.how.norm)
     moments = _moments(student, original, twin, layer, batches)
     moments = moments.with_prior(layer_columns(layer))
-    before, after = solve_layer(layer, norm, moments, twin.how.weights)
-    return Refit(twin.name, twin.name, before, after)
+    solved = solve_layer(layer, norm, moments, twin.how.weights)
+    return Refit(twin.name, twin.name, *solved.relative)
 
 
 def _moments(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -128,6 +129,48 @@ def reestimate(
         varies = estimate > _STILL * norms[name].eps
         variance.copy_(torch.where(varies, estimate, variance))
     return len(reached)
+
+
+@torch.no_grad()
+def settle(model: nn.Module, batches: Sequence[Tensor]) -> None:
+    """Give batch norms the statistics of what they read, and weights that leave what they make.
+
+    A refitted layer gives less variance than the original's did. In training its norm would make
+    up for that, so that the network were another one from the first step on; now the norm's weight
+    says how much is meant. A norm without weights, or whose weights are another's too, stays.
+
+    Args:
+        model: The network, in eval mode, changed in place.
+        batches: Images (N, C, H, W), one batch each.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    owners = Counter(id(norm.weight) for norm in norms)
+    own = [norm for norm in norms if norm.weight is not None and owners[id(norm.weight)] == 1]
+    pools = {norm: _Pool() for norm in own}
+    handles = [on_input(norm, pool.add) for norm, pool in pools.items()]
+    try:
+        for batch in batches:
+            model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for norm, pool in pools.items():
+        if pool.count > 1:
+            _normalise_by(norm, pool)
+
+
+def _normalise_by(norm: _BatchNorm, pool: _Pool) -> None:
+    """Put other statistics into a norm with weights, which then make up for it."""
+    mean, variance = _buffers(norm)[:2]
+    found = torch.as_tensor(pool.squares) / (pool.count - 1)
+    varies = found > _STILL * norm.eps
+    old = (variance.cpu().double() + norm.eps).sqrt()
+    new = torch.where(varies, (found + norm.eps).sqrt(), old)
+    moved = torch.where(varies, torch.as_tensor(pool.mean) - mean.cpu().double(), 0.0)
+    norm.bias.add_((norm.weight.cpu().double() * moved / old).to(norm.bias))
+    norm.weight.mul_((new / old).to(norm.weight))
+    mean.add_(moved.to(mean))
+    variance.copy_(torch.where(varies.to(variance.device), found.to(variance), variance))
 
 
 def _run(model: nn.Module, norms: list[_BatchNorm], batches: Images | Tensor | str | Path) -> None:

@@ -19,7 +19,7 @@ from pfsurgery.recover.calibration import (
 )
 from pfsurgery.recover.distance import check_same_outputs
 from pfsurgery.recover.front import Front
-from pfsurgery.recover.norms import recalibrate
+from pfsurgery.recover.norms import recalibrate, settle
 from pfsurgery.recover.polish import polish
 from pfsurgery.recover.progress import tracked
 from pfsurgery.recover.refit import Refit
@@ -34,8 +34,10 @@ def reconstruct(
     reads each replaced site, or the output layer of what replaced an attention, is solved again by
     ridge regression, with inputs from the converted network and the original's outputs as targets;
     where a shortcut is added behind it, the target is what the sum lacks, so that later layers
-    correct earlier errors. At the end norms and classifier are corrected where that brings the
-    output closer to the original's.
+    correct earlier errors. What a ReLU behind the layer hides is not asked for. At the end norms
+    and classifier are corrected where that brings the output closer to the original's, and norms
+    are given the statistics of what they now read without a change of what they make, so that
+    training starts from this network.
 
     He, Zhang & Sun, ICCV 2017 (arXiv 1707.06168) refit after channel pruning in this way; the
     strength of the ridge is chosen by generalised cross-validation (Golub, Heath & Wahba 1979).
@@ -66,5 +68,6 @@ def reconstruct(
         told = f"{refit.layer} refitted, error {refit.before:.3f} -> {refit.after:.3f}"
         tell(f"{refit.site}: {told if refit.layer else f'not refitted, {refit.reason}'}")
     polish(student, original, batches, judges, tell)
+    settle(student, batches)
     model.load_state_dict(student.state_dict())
     return tuple(done)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pfsurgery.errors import RecordMismatchError
+from pfsurgery.graph import GraphView
+from pfsurgery.neighbours import is_rectified, neighbours_of_module
 from pfsurgery.recover.capture import Side
 from pfsurgery.recover.front import Front
 from pfsurgery.recover.gram import Moments, MomentSum, sample_positions
@@ -23,9 +25,11 @@ from pfsurgery.recover.target import (
     readout_of,
     rows_bytes,
     sampled_rows,
+    visible,
 )
-from pfsurgery.sites import Neighbours
 from pfsurgery.weights import applied_weight
+
+_ROUNDS = 3  # towards what a ReLU lets through
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +41,7 @@ class Refit:
         layer: Path of the layer that was refitted, None where there is none.
         before: Relative error of that layer's output before, behind its norm; 1 is no better
             than a constant.
-        after: The same after.
+        after: The same after, without what a ReLU hides.
         reason: Why nothing was refitted; empty where it was.
         seconds: Wall-clock time that it took.
     """
@@ -57,18 +61,27 @@ class LayerAim:
     Attributes:
         site: Name of the replaced site that the layer reads.
         layer: Path of the layer in the edited network.
-        twin: Path of the layer whose outputs it should give, in the original.
+        twin: Path of the layer that stood there, in the original.
+        goal: Path of the module whose outputs it should give, in the original: the twin, or the
+            last one behind it that was dropped.
         how: How these outputs count.
     """
 
     site: str
     layer: str
     twin: str
+    goal: str
     how: Readout
 
 
 def layer_aim(
-    student: nn.Module, original: nn.Module, site: str, name: str, twin: str, around: Neighbours
+    student: nn.Module,
+    original: nn.Module,
+    site: str,
+    name: str,
+    twin: str,
+    seen: GraphView,
+    dropped: tuple[str, ...] = (),
 ) -> LayerAim:
     """What the pointwise layer `name` of the edited network should give.
 
@@ -77,16 +90,19 @@ def layer_aim(
         original: The original.
         site: Name of the replaced site that the layer reads.
         name: Path of the layer in the edited network.
-        twin: Path of the layer whose outputs it should give, in the original.
-        around: Neighbours of `twin`.
+        twin: Path of the layer that stood there, in the original.
+        seen: The graph view of the original.
+        dropped: Paths of norm and activation behind the twin that are no more.
 
     Raises:
         RecordMismatchError: The two layers do not fit.
     """
     _check_twins(student, original, name, twin)
-    return LayerAim(
-        site, name, twin, readout_of(original, around, len(_layer(student, name).weight))
-    )
+    goal = (twin, *dropped)[-1]
+    around = neighbours_of_module(goal, seen)
+    how = readout_of(original, around, len(_layer(student, name).weight))
+    how = replace(how, rectified=is_rectified(goal, how.merge, seen))
+    return LayerAim(site, name, twin, goal, how)
 
 
 def original_rows(
@@ -98,14 +114,17 @@ def original_rows(
         For an aim, the sampled rows (P, C_out) of each batch.
     """
     for group in in_memory(aims, lambda aim: rows_bytes(aim.how), ROWS_MEMORY):
-        twins, hows = [aim.twin for aim in group], [aim.how for aim in group]
-        samples = [_RowSampler(batches, original.get_submodule(twin)) for twin in twins]
-        yield from sampled_rows(original, twins, hows, batches, samples, [1] * len(group))
+        paths, hows = [aim.goal for aim in group], [aim.how for aim in group]
+        samples = [_RowSampler(batches, original.get_submodule(aim.twin)) for aim in group]
+        yield from sampled_rows(original, paths, hows, batches, samples, [1] * len(group))
 
 
 @torch.no_grad()
 def refit_layer(front: Front, original: nn.Module, aim: LayerAim, goals: Sequence[Tensor]) -> Refit:
     """Refit a pointwise layer in place, by ridge regression on what it reads now.
+
+    Where a ReLU reads its output, a few more regressions follow: what the ReLU hides anyway, the
+    layer need not give.
 
     Args:
         front: The edited network, and the images.
@@ -114,19 +133,49 @@ def refit_layer(front: Front, original: nn.Module, aim: LayerAim, goals: Sequenc
         goals: The original's rows for it, from `original_rows` with the same images.
     """
     student = front.network
-    layer, norm = _layer(student, aim.layer), None
+    layer = _layer(student, aim.layer)
+    norm: Any = None
+    mean = offset = torch.zeros(len(layer.weight))
     if aim.how.norm is not None:
         # The layer is fitted to what it gave before, so its norm takes back what it knew then.
         norm = student.get_submodule(aim.how.norm)
         norm.load_state_dict(original.get_submodule(aim.how.norm).state_dict())
+        mean = norm.running_mean.clone()
     moments = _layer_moments(front, layer, aim, goals)
-    before, after = solve_layer(layer, norm, moments, aim.how.weights)
-    return Refit(aim.site, aim.layer, before, after)
+    first = solved = solve_layer(layer, norm, moments, aim.how.weights)
+    for _ in range(_ROUNDS if aim.how.rectified else 0):
+        if norm is not None:
+            offset = (mean - norm.running_mean).cpu()
+        moments = _visible_moments(front, layer, offset, aim, goals, moments)
+        solved = solve_layer(layer, norm, moments, aim.how.weights)
+    return Refit(aim.site, aim.layer, *replace(first, after=solved.after).relative)
+
+
+@dataclass(frozen=True, slots=True)
+class Solved:
+    """Mean squared errors of a layer's outputs, by their importance.
+
+    Attributes:
+        before: With the weights that it had.
+        after: With those that it has now.
+        variance: Of its targets.
+    """
+
+    before: float
+    after: float
+    variance: float
+
+    @property
+    def relative(self) -> tuple[float, float]:
+        """Both errors as shares of the variance."""
+        if self.variance <= 0:
+            return 0.0, 0.0
+        return self.before / self.variance, self.after / self.variance
 
 
 def solve_layer(
     layer: nn.Conv2d | nn.Linear, norm: Any, moments: Moments, weights: Tensor
-) -> tuple[float, float]:
+) -> Solved:
     """Put the ridge solution into a layer, its bias into the norm behind where it has none.
 
     The layer stays as it is where that brings it no nearer.
@@ -136,29 +185,26 @@ def solve_layer(
         norm: The batch norm behind it, None without one.
         moments: Of what the layer reads, tap by tap and channel by channel, and of its targets.
         weights: Importance of each output, (C_out,).
-
-    Returns:
-        The relative error before and after.
     """
     if layer.bias is None and norm is None:
         moments = moments.through_origin()
     total = float((moments.target.diagonal() * weights.square()).sum())
-    before = _error(layer, moments, weights, total)
+    before = _error(layer, moments, weights)
     live = (weights > 0).to(weights)
     solved = ridge_gcv(moments.gram, moments.cross * weights, total, moments.count)
     solved = solved * (live / torch.where(weights > 0, weights, 1.0))
     held = layer.weight.clone()
     layer.weight.copy_(_as_weight(solved, layer))
     offset = moments.target_mean - moments.column_mean @ layer_columns(layer)
-    after = _error(layer, moments, weights, total, bias=offset)
+    after = _error(layer, moments, weights, bias=offset)
     if after > before:  # as may happen where the layer standardises what it is given
         layer.weight.copy_(held)
-        return before, before
+        return Solved(before, before, total)
     if layer.bias is not None:
         layer.bias.copy_(offset)
     elif norm is not None:
         norm.running_mean.sub_(offset.to(norm.running_mean))
-    return before, after
+    return Solved(before, after, total)
 
 
 def layer_columns(layer: nn.Conv2d | nn.Linear) -> Tensor:
@@ -195,21 +241,72 @@ class _RowSampler:
         return (rows if kept is None else rows[kept.to(rows.device)]).float().cpu()
 
 
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows of one batch at the sampled positions: what a layer reads, makes and should give.
+
+    Attributes:
+        read: (P, C).
+        made: (P, C_out).
+        shortcut: What is added behind the norm, (P, C_out), None without.
+        goal: What the original gives, less what the shortcut already gets wrong, (P, C_out).
+    """
+
+    read: Tensor
+    made: Tensor
+    shortcut: Tensor | None
+    goal: Tensor
+
+
+def _rows(
+    front: Front, layer: nn.Conv2d | nn.Linear, aim: LayerAim, goals: Sequence[Tensor]
+) -> Iterator[_Rows]:
+    how = aim.how
+    read, made, shortcuts = (_RowSampler(front.batches, layer) for _ in range(3))
+    wanted: dict[str, tuple[str, Side]] = {"x": (aim.layer, "input"), "y": (aim.layer, "output")}
+    if how.merge is not None:
+        wanted |= {"out": (how.norm or aim.layer, "output"), "sum": (how.merge, "input")}
+    for seen, goal in zip(front.captures(aim.twin, wanted), goals, strict=True):
+        shortcut = None
+        if how.merge is not None:
+            shortcut = shortcuts(seen["sum"] - seen["out"])
+            goal = corrected(goal, shortcut, how)
+        yield _Rows(read(seen["x"]), made(seen["y"]), shortcut, goal)
+
+
 def _layer_moments(
     front: Front, layer: nn.Conv2d | nn.Linear, aim: LayerAim, goals: Sequence[Tensor]
 ) -> Moments:
-    how = aim.how
     inputs = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
     total = MomentSum(inputs, len(layer.weight))
-    read, shortcuts = (_RowSampler(front.batches, layer) for _ in range(2))
-    wanted: dict[str, tuple[str, Side]] = {"x": (aim.layer, "input")}
-    if how.merge is not None:
-        wanted |= {"out": (how.norm or aim.layer, "output"), "sum": (how.merge, "input")}
-    for made, goal in zip(front.captures(aim.twin, wanted), goals, strict=True):
-        if how.merge is not None:
-            goal = corrected(goal, shortcuts(made["sum"] - made["out"]), how)
-        total.add(read(made["x"]), goal)
+    for rows in _rows(front, layer, aim, goals):
+        total.add(rows.read, rows.goal)
     return total.result()
+
+
+def _visible_moments(
+    front: Front,
+    layer: nn.Conv2d | nn.Linear,
+    offset: Tensor,
+    aim: LayerAim,
+    goals: Sequence[Tensor],
+    known: Moments,
+) -> Moments:
+    """The moments with what a ReLU lets through as targets.
+
+    Args:
+        front: The edited network, and the images.
+        layer: The layer.
+        offset: What the norm behind now adds to its outputs, (C_out,).
+        aim: What it should give.
+        goals: The original's rows for it.
+        known: Moments of what it reads.
+    """
+    total = MomentSum(len(known.gram), len(layer.weight), gram=False)
+    for rows in _rows(front, layer, aim, goals):
+        wanted = visible(rows.goal, rows.made + offset, rows.shortcut, aim.how)
+        total.add(rows.read, wanted - offset)
+    return replace(total.result(), gram=known.gram)
 
 
 def _layer(student: nn.Module, name: str) -> nn.Conv2d | nn.Linear:
@@ -223,7 +320,6 @@ def _error(
     layer: nn.Conv2d | nn.Linear,
     moments: Moments,
     weights: Tensor,
-    total: float,
     bias: Tensor | None = None,
 ) -> float:
     kernel = layer_columns(layer)
@@ -234,7 +330,8 @@ def _error(
     explained = 2 * (weighted * moments.cross * weights).sum()
     explained -= (weighted * (moments.gram @ weighted)).sum()
     offset = (moments.target_mean - bias - moments.column_mean @ kernel) * weights
-    return float((total - explained + offset.square().sum()) / total) if total > 0 else 0.0
+    total = (moments.target.diagonal() * weights.square()).sum()
+    return float(total - explained + offset.square().sum())
 
 
 def _check_twins(student: nn.Module, original: nn.Module, name: str, twin: str) -> None:

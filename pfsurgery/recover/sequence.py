@@ -229,7 +229,7 @@ def _place_bare(
 ) -> Decision:
     """One operation a channel; the pointwise layer behind is refitted on what it then reads."""
     site, layer, student = aim.site, _layer_behind(aim.site), front.network
-    ops, around = site_operations(site), neighbours_of_module(layer, seen)
+    ops = site_operations(site)
     if site.kind == "depthwise":
         ops = site_operations(site)
         found = _channel_refit(teacher, front, site)
@@ -242,7 +242,7 @@ def _place_bare(
         chosen, tail = fit_bare(moments, how.weights, len(ops)).ops, "drop"
     decision = Decision(site, "bare", tail=tail, structure=bare_structure(chosen, ops))  # type: ignore[arg-type]
     apply_plan(student, [decision])
-    goal = layer_aim(student, teacher, site.name, layer, layer, around)
+    goal = layer_aim(student, teacher, site.name, layer, layer, seen)
     (rows,) = original_rows(teacher, [goal], front.batches)
     refit = refit_layer(front, teacher, goal, rows)
     return replace(

@@ -34,6 +34,8 @@ class Readout:
         weights: Importance of each output channel, |scale|, and 0 where the channel is dead.
         norm: Path of the norm, None without a batch norm right behind the site.
         merge: Path of the module that reads the sum with the shortcut.
+        rectified: Whether a ReLU alone reads what becomes of it, so that it matters less how far
+            below zero that is.
     """
 
     scale: Tensor
@@ -41,6 +43,7 @@ class Readout:
     weights: Tensor
     norm: str | None
     merge: str | None
+    rectified: bool = False
 
 
 def readout_of(model: nn.Module, around: Neighbours, outputs: int) -> Readout:
@@ -68,6 +71,29 @@ def corrected(goal: Tensor, shortcut: Tensor, how: Readout) -> Tensor:
     live = how.weights.to(goal).view(shape) > 0
     inverse = torch.where(live, 1 / torch.where(live, scale, 1.0), 0.0)
     return (goal - shortcut - shift) * inverse
+
+
+def visible(goal: Tensor, made: Tensor, shortcut: Tensor | None, how: Readout) -> Tensor:
+    """Rows (P, C) that a layer should give, of which it gives `made`, where a ReLU reads them.
+
+    Where the ReLU raises both to zero, what is made is good as it is; where it raises the goal
+    alone, zero is enough. A step of least squares towards these rows never increases the error that
+    the ReLU leaves, but where the sign is wrong (majorisation: the distance to the rows is no less
+    than that error, and equal to it at `made`). Zhang, Zou, He & Sun (TPAMI 2016, arXiv
+    1505.06798, section 3.2) fit nonlinear responses for the same reason.
+
+    Args:
+        goal: What the original gives, corrected for the shortcut.
+        made: What the layer gives now.
+        shortcut: What is added behind the norm, (P, C), None without.
+        how: How the outputs count.
+    """
+    zero = -how.shift if shortcut is None else -how.shift - shortcut
+    live = how.weights > 0
+    scale = torch.where(live, how.scale, 1.0)
+    hidden, negative = goal * scale <= zero, made * scale <= zero
+    seen = torch.where(hidden, torch.where(negative, made, zero / scale), goal)
+    return torch.where(live, seen, goal)
 
 
 def site_window(site: Site) -> Window:

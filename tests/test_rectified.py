@@ -1,0 +1,161 @@
+"""Layers refitted to what the ReLU behind them lets through, norms that training starts from."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torchvision.models import resnet18
+
+import pfsurgery
+from pfsurgery.graph import view
+from pfsurgery.neighbours import is_rectified, neighbours_of_module
+from pfsurgery.policy import Policy, Rule
+from pfsurgery.recover import refit
+from pfsurgery.recover.norms import settle
+from pfsurgery.recover.target import Readout, visible
+
+
+@given(st.integers(0, 10_000), st.booleans(), st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_no_step_towards_the_visible_rows_raises_the_error_behind_the_relu(seed, added, dead):
+    """But where the sign is wrong: there a step may only cross zero in the right direction."""
+    torch.manual_seed(seed)
+    scale, shift = torch.randn(6), torch.randn(6)
+    if dead:
+        scale[2] = 0
+    weights = scale.abs().double()
+    goal, made, step = torch.randn(3, 50, 6).unbind()
+    shortcut = torch.randn(50, 6) if added else None
+    how = Readout(scale, shift, weights, None, None, rectified=True)
+    wanted = visible(goal, made, shortcut, how)
+    here = shift if shortcut is None else shift + shortcut
+
+    def raised(rows):
+        return (rows * scale + here).clamp_min(0)
+
+    live = scale.abs() > 0
+    right = live & ~((made * scale + here <= 0) & (goal * scale + here > 0))
+    now = ((wanted - made) * scale).square()
+    torch.testing.assert_close(
+        now[right], (raised(goal) - raised(made)).square()[right], atol=1e-4, rtol=1e-4
+    )
+    moved = ((wanted - made - step) * scale).square()
+    behind = (raised(goal) - raised(made + step)).square()
+    assert bool((moved + 1e-4 >= behind)[live.expand_as(moved)].all())
+    assert torch.equal(wanted[:, ~live], goal[:, ~live])
+
+
+@pytest.mark.parametrize(
+    ("make", "layer", "expected"),
+    [
+        (lambda: timm.create_model("test_resnet"), "layer1.0.conv1", True),
+        (lambda: timm.create_model("test_resnet"), "layer1.0.conv2", True),  # behind the shortcut
+        (lambda: timm.create_model("resnetv2_18"), "stages.0.blocks.0.conv2", False),  # read twice
+        (lambda: timm.create_model("test_vit"), "blocks.0.mlp.fc1", False),  # a GELU
+        (lambda: timm.create_model("mobilenetv2_035"), "blocks.1.0.conv_pw", False),  # a ReLU6
+        (lambda: timm.create_model("mobilenetv2_035"), "blocks.1.0.conv_pwl", False),  # linear
+        (lambda: timm.create_model("vgg11"), "features.3", True),  # no norm
+        (lambda: timm.create_model("regnetx_002"), "s1.b1.conv1.conv", True),  # inside of the norm
+        (lambda: timm.create_model("regnetx_002"), "s1.b1.conv3.conv", True),
+        (resnet18, "layer1.0.conv1", True),  # one ReLU for the whole block
+        (resnet18, "layer1.0.conv2", False),  # whose sum cannot be told from its other calls
+    ],
+)
+def test_which_layers_a_relu_reads(make, layer, expected):
+    with torch.device("meta"):
+        model = make().eval()
+    seen = view(model, (torch.zeros(1, 3, 64, 64),))
+    merge = neighbours_of_module(layer, seen).merge
+    assert is_rectified(layer, merge, seen) is expected
+
+
+def left_behind(fast: nn.Module, model: nn.Module, images: torch.Tensor, path: str) -> float:
+    """Squared difference of the outputs of the module at `path`."""
+    found = []
+    for net in (fast, model):
+        handle = net.get_submodule(path).register_forward_hook(
+            lambda _, __, out: found.append(out.clone())
+        )
+        with torch.no_grad():
+            net(images)
+        handle.remove()
+    return float((found[0] - found[1]).square().mean())
+
+
+def test_what_the_relu_lets_through_is_nearer(monkeypatch):
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=7, zero_init_last=False).eval()
+    images = torch.randn(64, 3, 64, 64)
+    pfsurgery.recalibrate(model, images)
+    left = {}
+    for rounds in (0, refit._ROUNDS):
+        monkeypatch.setattr(refit, "_ROUNDS", rounds)
+        for path, act in (("conv1", "act1"), ("conv2", "act2")):
+            fast = pfsurgery.convert(model, "maxpool_all", include=f"layer2.0.{path}")
+            (done,) = pfsurgery.reconstruct(fast, model, images)
+            assert done.after < done.before
+            left[rounds, path] = left_behind(fast, model, images, f"layer2.0.{act}")
+    for path in ("conv1", "conv2"):
+        assert left[refit._ROUNDS, path] < left[0, path]
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "mobilenetv2_035"])
+def test_training_starts_from_what_was_refitted(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=7).eval()
+    images = torch.randn(32, 3, 64, 64)
+    pfsurgery.recalibrate(model, images)
+    fast = pfsurgery.convert(model, "maxpool_all")
+    pfsurgery.reconstruct(fast, model, images)
+    norms = [m for m in fast.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        with torch.no_grad():
+            norm.running_var.mul_(1.7)
+            norm.running_mean.add_(0.3 * norm.running_var.sqrt())
+    before = fast(images)
+    settle(fast, images.split(16))
+    torch.testing.assert_close(fast(images), before, atol=1e-4, rtol=1e-4)
+    read = {}
+    handles = [
+        norm.register_forward_pre_hook(lambda module, args: read.update({module: args[0]}))
+        for norm in norms
+    ]
+    fast(images)
+    for handle in handles:
+        handle.remove()
+    assert len(read) == len(norms) > 3
+    for norm, x in read.items():
+        variance, mean = torch.var_mean(x, (0, 2, 3))
+        varies = variance > norm.eps
+        torch.testing.assert_close(norm.running_mean[varies], mean[varies], atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(norm.running_var[varies], variance[varies], rtol=1e-2, atol=0)
+
+
+def test_norms_that_cannot_make_up_for_it_stay():
+    first, second, bare = nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.BatchNorm2d(3, affine=False)
+    second.weight, second.bias = first.weight, first.bias
+    model = nn.Sequential(first, second, bare).eval()
+    before = copy.deepcopy(model.state_dict())
+    settle(model, [torch.randn(8, 3, 5, 5) + 2])
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_product_takes_what_a_dropped_norm_and_activation_gave():
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=7, zero_init_last=False).eval()
+    images = torch.randn(48, 3, 64, 64)
+    pfsurgery.recalibrate(model, images)
+    policy = Policy("short", (Rule("max_pool", tail="drop", name="layer2.0.*"),))
+    fast = pfsurgery.convert(model, policy)
+    assert isinstance(fast.layer2[0].bn1, nn.Identity)
+    away = left_behind(fast, model, images, "layer2.0.act2")
+    refits = pfsurgery.reconstruct(fast, model, images)
+    assert [r.layer for r in refits] == [f"layer2.0.conv{i}.pointwise" for i in (1, 2)]
+    assert all(r.after < r.before for r in refits)
+    assert left_behind(fast, model, images, "layer2.0.act2") < 0.5 * away
