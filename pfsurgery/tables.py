@@ -183,7 +183,8 @@ def refit_table(refits: Iterable[Refit]) -> Table:
     """One row a site: the layer that was solved again, and its error before and after."""
     refits = tuple(refits)
     done = [refit for refit in refits if refit.layer is not None]
-    table = titled(f"Refitted layers: {len(done)} of {len(refits)}", _ERROR, totals=True)
+    note = f"{_ERROR}; after, less what a ReLU hides"
+    table = titled(f"Refitted layers: {len(done)} of {len(refits)}", note, totals=True)
     add_whole(table, "site", "total")
     table.add_column("layer", overflow="fold")
     add_numbers(table, "error\nbefore")

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 from torchvision.models import resnet18
 
 import pfsurgery
@@ -140,7 +141,9 @@ def test_training_starts_from_what_was_refitted(name):
 def test_norms_that_cannot_make_up_for_it_stay():
     first, second, bare = nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.BatchNorm2d(3, affine=False)
     second.weight, second.bias = first.weight, first.bias
-    model = nn.Sequential(first, second, bare).eval()
+    bound = nn.BatchNorm2d(3)
+    register_parametrization(bound, "weight", nn.Softplus())
+    model = nn.Sequential(first, second, bare, bound).eval()
     before = copy.deepcopy(model.state_dict())
     settle(model, [torch.randn(8, 3, 5, 5) + 2])
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())

@@ -137,16 +137,19 @@ def settle(model: nn.Module, batches: Sequence[Tensor]) -> None:
 
     A refitted layer gives less variance than the original's did. In training its norm would make
     up for that, so that the network were another one from the first step on; now the norm's weight
-    says how much is meant. A norm without weights, or whose weights are another's too, stays.
+    says how much is meant. A norm without weights of its own stays.
 
     Args:
         model: The network, in eval mode, changed in place.
         batches: Images (N, C, H, W), one batch each.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    owners = Counter(id(norm.weight) for norm in norms)
-    own = [norm for norm in norms if norm.weight is not None and owners[id(norm.weight)] == 1]
-    pools = {norm: _Pool() for norm in own}
+    owners = Counter(id(tensor) for norm in norms for tensor in _own_weights(norm))
+    pools = {
+        norm: _Pool()
+        for norm in norms
+        if [owners[id(tensor)] for tensor in _own_weights(norm)] == [1, 1]
+    }
     handles = [on_input(norm, pool.add) for norm, pool in pools.items()]
     try:
         for batch in batches:
@@ -157,6 +160,12 @@ def settle(model: nn.Module, batches: Sequence[Tensor]) -> None:
     for norm, pool in pools.items():
         if pool.count > 1:
             _normalise_by(norm, pool)
+
+
+def _own_weights(norm: _BatchNorm) -> list[Tensor]:
+    """Weight and bias, where they are parameters of the norm and not computed from others."""
+    found = (norm._parameters.get(name) for name in ("weight", "bias"))
+    return [tensor for tensor in found if tensor is not None]
 
 
 def _normalise_by(norm: _BatchNorm, pool: _Pool) -> None:
