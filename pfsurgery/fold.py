@@ -8,6 +8,7 @@ from itertools import chain
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pfsurgery.example import Example, example_inputs
@@ -75,7 +76,7 @@ def _norms(seen: GraphView, model: nn.Module) -> Iterator[tuple[fx.Node, nn.Batc
         norm = get_module(model, path)
         if (
             isinstance(norm, nn.BatchNorm2d)
-            and _computes_as_known(norm)
+            and computes_as_known(norm)
             and norm.running_var is not None
             and not is_watched(norm)
             and path not in seen.foreign_reads
@@ -84,7 +85,7 @@ def _norms(seen: GraphView, model: nn.Module) -> Iterator[tuple[fx.Node, nn.Batc
             yield node, norm
 
 
-def _computes_as_known(norm: nn.BatchNorm2d) -> bool:
+def computes_as_known(norm: _BatchNorm) -> bool:
     """Whether it computes what torch's batch norm does, or timm's with an activation."""
     kind = f"{type(norm).__module__}.{type(norm).__qualname__}"
     return kind == _WITH_ACTIVATION or type(norm).forward is nn.BatchNorm2d.forward

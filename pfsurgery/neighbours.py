@@ -100,7 +100,7 @@ def neighbours_of_module(path: str, seen: GraphView) -> Neighbours:
 def is_rectified(path: str, merge: str | None, seen: GraphView) -> bool:
     """Whether a ReLU, and nothing else, reads what becomes of a layer's output.
 
-    That is its output behind a norm, or the sum of this and a shortcut.
+    That is its output, behind any norm, or the sum of this and a shortcut.
 
     Args:
         path: Path of the layer, a leaf.
@@ -245,7 +245,7 @@ def _tail(node: fx.Node, seen: GraphView) -> tuple[str | None, str | None]:
     while (user := _next(node)) is not None:
         if norm is None and activation is None and _is_norm(user, seen):
             norm = _owner(user)
-            if _inner_activation(user, seen) is not None:
+            if isinstance(_inner_activation(user, seen), nn.Module):
                 activation = f"{norm}.act"
         elif activation is None and _is_activation(user, seen):
             activation = _owner(user)
@@ -255,10 +255,12 @@ def _tail(node: fx.Node, seen: GraphView) -> tuple[str | None, str | None]:
     return norm, activation
 
 
-def _inner_activation(norm: fx.Node, seen: GraphView) -> nn.Module | None:
-    """The activation that a norm of timm holds inside, None where that does nothing."""
-    inner = getattr(seen.modules.get(_owner(norm)), "act", None)
-    return None if isinstance(inner, nn.Identity) or not isinstance(inner, nn.Module) else inner
+def _inner_activation(norm: fx.Node, seen: GraphView) -> object | None:
+    """The activation that a norm holds inside, as timm's do, None where that does nothing."""
+    if norm.op != "call_module":
+        return None
+    inner = getattr(seen.modules[str(norm.target)], "act", None)
+    return None if isinstance(inner, nn.Identity) else inner
 
 
 def _next(node: fx.Node) -> fx.Node | None:

@@ -18,7 +18,8 @@ from pfsurgery.graph import view
 from pfsurgery.neighbours import is_rectified, neighbours_of_module
 from pfsurgery.policy import Policy, Rule
 from pfsurgery.recover import refit
-from pfsurgery.recover.norms import settle
+from pfsurgery.recover.norms import recalibrate, settle
+from pfsurgery.recover.refit import layer_aim
 from pfsurgery.recover.target import Readout, visible
 
 
@@ -76,6 +77,55 @@ def test_which_layers_a_relu_reads(make, layer, expected):
     assert is_rectified(layer, merge, seen) is expected
 
 
+class Functional(nn.Module):
+    """A norm without a module of its own, in a block whose activation is used elsewhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(3, 4, 1), nn.ReLU()
+        self.last = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        mean, variance = torch.zeros(4, device=x.device), torch.ones(4, device=x.device)
+        return self.last(nn.functional.batch_norm(self.conv(self.act(x)), mean, variance))
+
+
+class Inside(nn.BatchNorm2d):
+    """A norm that ends in an activation which is no module."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.act = nn.functional.gelu
+
+    def forward(self, x):
+        return self.act(super().forward(x))
+
+
+class Summed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(3, 3, 1), Inside(3), nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.norm(self.conv(x)) + x)
+
+
+@pytest.mark.parametrize("model", [Functional(), Summed()])
+def test_activations_that_are_somewhere_else(model):
+    seen = view(model.eval(), (torch.zeros(1, 3, 8, 8),))
+    around = neighbours_of_module("conv", seen)
+    assert around.merge is None
+    assert around.activation is None or isinstance(model, Summed)
+    assert not is_rectified("conv", around.merge, seen)
+
+
+def test_where_zero_lies_is_known_of_batch_norms_alone():
+    for norm, expected in ((nn.GroupNorm(2, 8), False), (nn.BatchNorm2d(8), True)):
+        model = nn.Sequential(nn.Conv2d(3, 8, 1), norm, nn.ReLU()).eval()
+        seen = view(model, (torch.zeros(1, 3, 8, 8),))
+        assert layer_aim(model, model, "0", "0", "0", seen).how.rectified is expected
+
+
 def left_behind(fast: nn.Module, model: nn.Module, images: torch.Tensor, path: str) -> float:
     """Squared difference of the outputs of the module at `path`."""
     found = []
@@ -120,7 +170,7 @@ def test_training_starts_from_what_was_refitted(name):
             norm.running_var.mul_(1.7)
             norm.running_mean.add_(0.3 * norm.running_var.sqrt())
     before = fast(images)
-    settle(fast, images.split(16))
+    settle(fast, images.split(16), view(model, (images[:1],)))
     torch.testing.assert_close(fast(images), before, atol=1e-4, rtol=1e-4)
     read = {}
     handles = [
@@ -138,15 +188,51 @@ def test_training_starts_from_what_was_refitted(name):
         torch.testing.assert_close(norm.running_var[varies], variance[varies], rtol=1e-2, atol=0)
 
 
+class Offset(nn.BatchNorm2d):
+    """A norm that reads its weight in its own way."""
+
+    def forward(self, x):
+        return super().forward(x) * (1 + self.weight[:, None, None])
+
+
 def test_norms_that_cannot_make_up_for_it_stay():
-    first, second, bare = nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.BatchNorm2d(3, affine=False)
+    norms = [nn.BatchNorm2d(3) for _ in range(7)]
+    first, second, third, fourth, bound, foreign, plain = norms
     second.weight, second.bias = first.weight, first.bias
-    bound = nn.BatchNorm2d(3)
+    fourth.running_mean = third.running_mean
     register_parametrization(bound, "weight", nn.Softplus())
-    model = nn.Sequential(first, second, bare, bound).eval()
+    bare, offset = nn.BatchNorm2d(3, affine=False), Offset(3)
+
+    class Model(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) * self[7].weight.sum() + self.plain(x)
+
+    model = Model(first, second, third, fourth, bound, bare, offset, foreign)
+    model.plain = plain
+    model.eval()
     before = copy.deepcopy(model.state_dict())
-    settle(model, [torch.randn(8, 3, 5, 5) + 2])
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    seen = view(model, (torch.zeros(1, 3, 5, 5),))
+    settle(model, [torch.randn(8, 3, 5, 5) + 2, torch.zeros(0, 3, 5, 5)], seen)
+    after = model.state_dict()
+    changed = {key for key, value in after.items() if not torch.equal(before[key], value)}
+    assert changed == {
+        f"plain.{name}" for name in ("weight", "bias", "running_mean", "running_var")
+    }
+
+
+def test_weights_of_16_bits_would_be_rounded_and_stay():
+    norm = nn.BatchNorm2d(3).bfloat16().eval()
+    before = copy.deepcopy(norm.state_dict())
+    x = torch.randn(8, 3, 5, 5, dtype=torch.bfloat16) + 2
+    settle(norm, [x], view(norm, (x,)))
+    assert all(torch.equal(before[key], value) for key, value in norm.state_dict().items())
+
+
+def test_an_empty_batch_counts_for_nothing():
+    norm = nn.BatchNorm2d(3)
+    images = torch.randn(8, 3, 5, 5) + 2
+    recalibrate(norm, [images[:0], images])
+    torch.testing.assert_close(norm.running_mean, images.mean((0, 2, 3)))
 
 
 def test_a_product_takes_what_a_dropped_norm_and_activation_gave():

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pfsurgery.graph import view
 from pfsurgery.plan import Plan, warn_of_no_effect
 from pfsurgery.policy import Rule, Tell
 from pfsurgery.recover.calibration import (
@@ -58,7 +59,7 @@ class Bare:
         done = refit_in_order(teacher, student, sites, chosen, batches, tell, {})
         if done:
             polish(student, teacher, batches, judges, tell)
-            settle(student, batches)
+            settle(student, batches, view(teacher, (batches[0][:1],)))
         kept = "too many channels to choose all their operations together"
         return finished(model, student, self.name, plan, done, kept)
 

@@ -14,6 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pfsurgery.batches import Images, sample_images, unlabelled_images
 from pfsurgery.errors import DataError, TrainingError
+from pfsurgery.fold import computes_as_known
+from pfsurgery.graph import GraphView
 from pfsurgery.measure.state import explained
 from pfsurgery.recover.capture import on_input
 from pfsurgery.recover.state import keep_random_state, keep_train_flags, placement
@@ -32,6 +34,8 @@ class _Pool:
     squares: Tensor | float = 0.0
 
     def add(self, x: Tensor) -> None:
+        if not x.numel():
+            return
         count = x.numel() // x.shape[1]
         axes = [axis for axis in range(x.dim()) if axis != 1]
         variance, mean = torch.var_mean(x.detach().float(), dim=axes, correction=0)
@@ -132,23 +136,31 @@ def reestimate(
 
 
 @torch.no_grad()
-def settle(model: nn.Module, batches: Sequence[Tensor]) -> None:
+def settle(model: nn.Module, batches: Sequence[Tensor], seen: GraphView) -> None:
     """Give batch norms the statistics of what they read, and weights that leave what they make.
 
     A refitted layer gives less variance than the original's did. In training its norm would make
     up for that, so that the network were another one from the first step on; now the norm's weight
-    says how much is meant. A norm without weights of its own stays.
+    says how much is meant. A norm stays that has no weights of its own, or of less than 32 bits,
+    or is of a class that may compute otherwise; so does a channel that is constant on the images.
 
     Args:
         model: The network, in eval mode, changed in place.
         batches: Images (N, C, H, W), one batch each.
+        seen: The graph view of the original, which knows what other code reads.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    owners = Counter(id(tensor) for norm in norms for tensor in _own_weights(norm))
+    norms = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    }
+    owners = Counter(id(tensor) for norm in norms.values() for tensor in _tensors(norm))
     pools = {
         norm: _Pool()
-        for norm in norms
-        if [owners[id(tensor)] for tensor in _own_weights(norm)] == [1, 1]
+        for path, norm in norms.items()
+        if path not in seen.foreign_reads
+        and _can_make_up(norm)
+        and all(owners[id(tensor)] == 1 for tensor in _tensors(norm))
     }
     handles = [on_input(norm, pool.add) for norm, pool in pools.items()]
     try:
@@ -162,10 +174,18 @@ def settle(model: nn.Module, batches: Sequence[Tensor]) -> None:
             _normalise_by(norm, pool)
 
 
-def _own_weights(norm: _BatchNorm) -> list[Tensor]:
-    """Weight and bias, where they are parameters of the norm and not computed from others."""
+def _tensors(norm: _BatchNorm) -> list[Tensor]:
+    """Weight and bias, where they are parameters and not computed from others, and statistics."""
     found = (norm._parameters.get(name) for name in ("weight", "bias"))
-    return [tensor for tensor in found if tensor is not None]
+    return [*(tensor for tensor in found if tensor is not None), *_buffers(norm)[:2]]
+
+
+def _can_make_up(norm: _BatchNorm) -> bool:
+    """Whether weight and bias can make up for other statistics, but for rounding."""
+    kinds = [tensor.dtype for tensor in _tensors(norm)]
+    return (
+        computes_as_known(norm) and len(kinds) == 4 and {*kinds} <= {torch.float32, torch.float64}
+    )
 
 
 def _normalise_by(norm: _BatchNorm, pool: _Pool) -> None:

@@ -68,6 +68,6 @@ def reconstruct(
         told = f"{refit.layer} refitted, error {refit.before:.3f} -> {refit.after:.3f}"
         tell(f"{refit.site}: {told if refit.layer else f'not refitted, {refit.reason}'}")
     polish(student, original, batches, judges, tell)
-    settle(student, batches)
+    settle(student, batches, seen)
     model.load_state_dict(student.state_dict())
     return tuple(done)

@@ -101,7 +101,8 @@ def layer_aim(
     goal = (twin, *dropped)[-1]
     around = neighbours_of_module(goal, seen)
     how = readout_of(original, around, len(_layer(student, name).weight))
-    how = replace(how, rectified=is_rectified(goal, how.merge, seen))
+    known = how.norm == around.norm  # of another norm it is not known which outputs are negative
+    how = replace(how, rectified=known and is_rectified(goal, how.merge, seen))
     return LayerAim(site, name, twin, goal, how)
 
 

@@ -77,10 +77,11 @@ def visible(goal: Tensor, made: Tensor, shortcut: Tensor | None, how: Readout) -
     """Rows (P, C) that a layer should give, of which it gives `made`, where a ReLU reads them.
 
     Where the ReLU raises both to zero, what is made is good as it is; where it raises the goal
-    alone, zero is enough. A step of least squares towards these rows never increases the error that
-    the ReLU leaves, but where the sign is wrong (majorisation: the distance to the rows is no less
-    than that error, and equal to it at `made`). Zhang, Zou, He & Sun (TPAMI 2016, arXiv
-    1505.06798, section 3.2) fit nonlinear responses for the same reason.
+    alone, zero is enough. The squared distance to these rows is no less than the error that the
+    ReLU leaves, and equal to it at `made`, except where the goal is above zero and what is made
+    below: so a step of least squares towards them lessens that error (majorisation). Zhang, Zou,
+    He & Sun (TPAMI 2016, arXiv 1505.06798, section 3.2) fit nonlinear responses for the same
+    reason.
 
     Args:
         goal: What the original gives, corrected for the shortcut.
