@@ -197,7 +197,9 @@ def _steps_figure(
         _original(axes, content)
     _close(panels[0], content)
     panels[0].set_ylabel("CIFAR-10 top-1 (%)")
-    panels[-1].legend(frameon=False, fontsize=8)
+    found = [panel.get_legend_handles_labels() for panel in panels]
+    named = {name: line for lines, names in found for name, line in zip(names, lines, strict=True)}
+    panels[-1].legend(named.values(), named.keys(), frameon=False, fontsize=8)
     figure.suptitle(_title(content), x=0.01, ha="left")
     figure.savefig(path, dpi=160)
 
