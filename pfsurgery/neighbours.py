@@ -93,8 +93,12 @@ def neighbours_of(nodes: list[fx.Node], seen: GraphView, counts: dict[str, int])
 def neighbours_of_module(path: str, seen: GraphView) -> Neighbours:
     """Neighbours of any leaf module, for instance a pointwise convolution."""
     counts = Counter(str(node.target) for node in seen.graph.nodes if node.op == "call_module")
-    nodes = [n for n in seen.graph.nodes if n.op == "call_module" and n.target == path]
+    nodes = _calls_of(path, seen)
     return neighbours_of(nodes, seen, counts) if nodes else Neighbours()
+
+
+def _calls_of(path: str, seen: GraphView) -> list[fx.Node]:
+    return [n for n in seen.graph.nodes if n.op == "call_module" and n.target == path]
 
 
 def is_rectified(path: str, merge: str | None, seen: GraphView) -> bool:
@@ -107,7 +111,7 @@ def is_rectified(path: str, merge: str | None, seen: GraphView) -> bool:
         merge: Path of the module that is known to read the sum, None without one.
         seen: The graph view of its network.
     """
-    nodes = [n for n in seen.graph.nodes if n.op == "call_module" and n.target == path]
+    nodes = _calls_of(path, seen)
     return bool(nodes) and all(_meets_relu(node, merge is not None, seen) for node in nodes)
 
 

@@ -26,7 +26,7 @@ from pfsurgery.recover.target import Readout, visible
 @given(st.integers(0, 10_000), st.booleans(), st.booleans())
 @settings(max_examples=200, deadline=None)
 def test_no_step_towards_the_visible_rows_raises_the_error_behind_the_relu(seed, added, dead):
-    """But where the sign is wrong: there a step may only cross zero in the right direction."""
+    """The distance to the rows bounds it, and is equal to it where the signs agree."""
     torch.manual_seed(seed)
     scale, shift = torch.randn(6), torch.randn(6)
     if dead:

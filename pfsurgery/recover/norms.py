@@ -87,11 +87,7 @@ def reestimate(
     model: nn.Module, batches: Images | Tensor | str | Path, paths: Collection[str]
 ) -> int:
     """`recalibrate` for the batch norms among the modules at `paths` alone."""
-    norms = {
-        name: module
-        for name, module in model.named_modules()
-        if name in paths and isinstance(module, _BatchNorm) and module.running_mean is not None
-    }
+    norms = {name: norm for name, norm in _norms_of(model).items() if name in paths}
     if not norms:
         return 0
     pools = {module: _Pool() for module in norms.values()}
@@ -135,6 +131,15 @@ def reestimate(
     return len(reached)
 
 
+def _norms_of(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The batch norms that keep statistics, by path."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    }
+
+
 @torch.no_grad()
 def settle(model: nn.Module, batches: Sequence[Tensor], seen: GraphView) -> None:
     """Give batch norms the statistics of what they read, and weights that leave what they make.
@@ -149,11 +154,7 @@ def settle(model: nn.Module, batches: Sequence[Tensor], seen: GraphView) -> None
         batches: Images (N, C, H, W), one batch each.
         seen: The graph view of the original, which knows what other code reads.
     """
-    norms = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None
-    }
+    norms = _norms_of(model)
     owners = Counter(id(tensor) for norm in norms.values() for tensor in _tensors(norm))
     pools = {
         norm: _Pool()

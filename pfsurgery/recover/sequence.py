@@ -231,7 +231,6 @@ def _place_bare(
     site, layer, student = aim.site, _layer_behind(aim.site), front.network
     ops = site_operations(site)
     if site.kind == "depthwise":
-        ops = site_operations(site)
         found = _channel_refit(teacher, front, site)
         if site.neighbours.norm is not None:
             fold_into_norm(student.get_submodule(site.neighbours.norm), found)
