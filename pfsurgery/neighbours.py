@@ -101,28 +101,32 @@ def _calls_of(path: str, seen: GraphView) -> list[fx.Node]:
     return [n for n in seen.graph.nodes if n.op == "call_module" and n.target == path]
 
 
-def is_rectified(path: str, merge: str | None, seen: GraphView) -> bool:
+def is_rectified(path: str, norm: str | None, merge: str | None, seen: GraphView) -> bool:
     """Whether a ReLU, and nothing else, reads what becomes of a layer's output.
 
-    That is its output, behind any norm, or the sum of this and a shortcut.
+    That is its output, behind the norm that is known, or the sum of this and a shortcut.
 
     Args:
         path: Path of the layer, a leaf.
+        norm: Path of the norm that is known, None without one; behind another it is not known which
+            outputs are negative.
         merge: Path of the module that is known to read the sum, None without one.
         seen: The graph view of its network.
     """
     nodes = _calls_of(path, seen)
-    return bool(nodes) and all(_meets_relu(node, merge is not None, seen) for node in nodes)
+    return bool(nodes) and all(_meets_relu(node, norm, merge is not None, seen) for node in nodes)
 
 
-def _meets_relu(node: fx.Node, added: bool, seen: GraphView) -> bool:
-    """Whether `node`'s output meets a ReLU behind a norm, and an addition exactly where `added`."""
+def _meets_relu(node: fx.Node, norm: str | None, added: bool, seen: GraphView) -> bool:
+    """Whether `node`'s output meets a ReLU behind `norm`, and an addition exactly where `added`."""
     norms = sums = 0
     while len(node.users) == 1:
         (user,) = node.users
         if _is_relu(user, seen):
             return sums == added
         if _is_norm(user, seen) and not sums:
+            if _owner(user) != norm:
+                return False
             inner = _inner_activation(user, seen)
             if inner is not None:
                 return type(inner) is nn.ReLU and not added

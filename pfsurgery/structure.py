@@ -43,7 +43,8 @@ class Structure:
         reduce: Width of the pointwise reduction in front, None without one.
         runs: The columns, sorted by operation; empty for the dense forms.
         waist: Width of the first product, None without one.
-        error: Relative error of the output behind the norm, as fitted.
+        error: Relative error of the output behind the norm, as fitted; without what a ReLU hides,
+            where one alone reads it.
     """
 
     form: str

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pfsurgery.recover import Refit
 
 _ERROR = "error: share of the original output's variance that is lost; 0 is exact, 1 a constant"
+_HIDDEN = "where a ReLU alone reads it, less what that hides"
 
 
 def render(what: RenderableType, width: int = 140) -> str:
@@ -152,8 +153,9 @@ def fit_table(plan: Plan) -> Table:
     fitted = [(d, d.structure) for d in plan if d.structure is not None]
     before = sum(d.site.macs for d, _ in fitted)
     after = before - sum(d.macs_saved for d, _ in fitted)
+    note = f"{_ERROR}; {_HIDDEN}"
     table = titled(
-        f"Policy {plan.policy}: {len(fitted)} of {len(plan)} sites fitted", _ERROR, totals=True
+        f"Policy {plan.policy}: {len(fitted)} of {len(plan)} sites fitted", note, totals=True
     )
     add_whole(table, "site", "total")
     table.add_column("channels")
@@ -183,7 +185,7 @@ def refit_table(refits: Iterable[Refit]) -> Table:
     """One row a site: the layer that was solved again, and its error before and after."""
     refits = tuple(refits)
     done = [refit for refit in refits if refit.layer is not None]
-    note = f"{_ERROR}; after, less what a ReLU hides"
+    note = f"{_ERROR}; after, {_HIDDEN}"
     table = titled(f"Refitted layers: {len(done)} of {len(refits)}", note, totals=True)
     add_whole(table, "site", "total")
     table.add_column("layer", overflow="fold")

@@ -17,10 +17,10 @@ import pfsurgery
 from pfsurgery.graph import view
 from pfsurgery.neighbours import is_rectified, neighbours_of_module
 from pfsurgery.policy import Policy, Rule
-from pfsurgery.recover import refit
+from pfsurgery.recover import refit, site_fit
 from pfsurgery.recover.norms import recalibrate, settle
+from pfsurgery.recover.readout import Readout, visible
 from pfsurgery.recover.refit import layer_aim
-from pfsurgery.recover.target import Readout, visible
 
 
 @given(st.integers(0, 10_000), st.booleans(), st.booleans())
@@ -73,8 +73,8 @@ def test_which_layers_a_relu_reads(make, layer, expected):
     with torch.device("meta"):
         model = make().eval()
     seen = view(model, (torch.zeros(1, 3, 64, 64),))
-    merge = neighbours_of_module(layer, seen).merge
-    assert is_rectified(layer, merge, seen) is expected
+    around = neighbours_of_module(layer, seen)
+    assert is_rectified(layer, around.norm, around.merge, seen) is expected
 
 
 class Functional(nn.Module):
@@ -116,7 +116,19 @@ def test_activations_that_are_somewhere_else(model):
     around = neighbours_of_module("conv", seen)
     assert around.merge is None
     assert around.activation is None or isinstance(model, Summed)
-    assert not is_rectified("conv", around.merge, seen)
+    assert not is_rectified("conv", around.norm, around.merge, seen)
+
+
+class TwoNorms(nn.Module):
+    """A convolution that is called twice, with a norm of its own behind each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.first, self.second = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.second(self.conv(self.first(self.conv(x)).relu())).relu()
 
 
 def test_where_zero_lies_is_known_of_batch_norms_alone():
@@ -124,6 +136,12 @@ def test_where_zero_lies_is_known_of_batch_norms_alone():
         model = nn.Sequential(nn.Conv2d(3, 8, 1), norm, nn.ReLU()).eval()
         seen = view(model, (torch.zeros(1, 3, 8, 8),))
         assert layer_aim(model, model, "0", "0", "0", seen).how.rectified is expected
+
+
+def test_where_zero_lies_is_not_known_behind_several_norms():
+    model = TwoNorms().eval()
+    seen = view(model, (torch.zeros(1, 3, 8, 8),))
+    assert not layer_aim(model, model, "conv", "conv", "conv", seen).how.rectified
 
 
 def left_behind(fast: nn.Module, model: nn.Module, images: torch.Tensor, path: str) -> float:
@@ -154,6 +172,72 @@ def test_what_the_relu_lets_through_is_nearer(monkeypatch):
             left[rounds, path] = left_behind(fast, model, images, f"layer2.0.{act}")
     for path in ("conv1", "conv2"):
         assert left[refit._ROUNDS, path] < left[0, path]
+
+
+@pytest.mark.parametrize(
+    ("path", "act"), [("conv1", "act1"), ("conv2", "act2")], ids=["norm", "shortcut"]
+)
+@pytest.mark.parametrize("thin", [True, False])
+def test_what_the_relu_lets_through_is_nearer_in_a_budget(monkeypatch, path, act, thin):
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=7, zero_init_last=False).eval()
+    images = torch.randn(64, 3, 64, 64)
+    pfsurgery.recalibrate(model, images)
+    left = {}
+    for rounds in (0, site_fit._VISIBLE_ROUNDS):
+        monkeypatch.setattr(site_fit, "_VISIBLE_ROUNDS", rounds)
+        policy = pfsurgery.budget(macs="97%", thin=thin)
+        fast = pfsurgery.convert(model, policy, include=f"layer2.0.{path}", images=images)
+        assert len(pfsurgery.record(fast).replaced) == 1
+        left[rounds] = left_behind(fast, model, images, f"layer2.0.{act}")
+    assert 0 < left[rounds] < left[0]
+
+
+class Recurrent(nn.Module):
+    """A convolution that reads what it made, three times in all."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for _ in range(3):
+            x = self.conv(x).relu()
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "recurrent"])
+def test_what_a_site_reads_need_not_be_held(monkeypatch, name):
+    torch.manual_seed(0)
+    model, include, share = Recurrent().eval(), "conv", "60%"
+    if name == "test_resnet":
+        model = timm.create_model(name, num_classes=7, zero_init_last=False).eval()
+        include, share = "layer2.0.*", "95%"
+    images = torch.randn(32, 3, 64, 64)
+    pfsurgery.recalibrate(model, images)
+    policy = pfsurgery.budget(macs=share, thin=False)
+    held = pfsurgery.convert(model, policy, include=include, images=images)
+    monkeypatch.setattr(site_fit, "_MEMORY", 0)
+    anew = pfsurgery.convert(model, policy, include=include, images=images)
+    assert pfsurgery.record(anew).replaced
+    torch.testing.assert_close(anew(images), held(images))
+
+
+def test_hooks_on_a_convolution_see_what_it_reads_once(monkeypatch):
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=7, zero_init_last=False).eval()
+    images = torch.randn(64, 3, 64, 64)
+    pfsurgery.recalibrate(model, images)
+    model.layer2[0].conv1.register_forward_pre_hook(lambda _, args: (args[0].mul_(2),))
+    left = {}
+    for rounds in (0, site_fit._VISIBLE_ROUNDS):
+        monkeypatch.setattr(site_fit, "_VISIBLE_ROUNDS", rounds)
+        policy = pfsurgery.budget(macs="97%")
+        fast = pfsurgery.convert(model, policy, include="layer2.0.conv1", images=images)
+        left[rounds] = left_behind(fast, model, images, "layer2.0.act1")
+    assert 0 < left[rounds] < left[0]
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "mobilenetv2_035"])

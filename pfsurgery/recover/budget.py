@@ -20,7 +20,7 @@ from pfsurgery.recover.drop import cheapest_within
 from pfsurgery.recover.fit import Form
 from pfsurgery.recover.hull import Pick, Point, spend
 from pfsurgery.recover.options import PARAMETER_FREE, Option
-from pfsurgery.recover.sequence import reuse
+from pfsurgery.recover.target import reuse
 from pfsurgery.sites import Site
 
 # With thin bottlenecks allowed, the mixed form is hardly ever chosen and takes longest to fit.

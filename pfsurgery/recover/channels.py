@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pfsurgery.errors import DataError
+from pfsurgery.recover.capture import capture, first_of
 from pfsurgery.recover.columns import Operation, Reader, Window
+from pfsurgery.recover.front import Front
+from pfsurgery.recover.gram import sample_positions
+from pfsurgery.recover.readout import site_readout
+from pfsurgery.recover.target import POSITIONS, site_operations, site_window
+from pfsurgery.sites import Site
 
 _FLAT = 1e-12  # of the largest variance: below it a channel is constant
 
@@ -123,3 +129,52 @@ def fold_into_norm(norm: nn.Module | None, fit: ChannelFit) -> None:
     norm.bias.copy_(shift + gamma * (fit.offset + fit.scale * fit.mean))
     norm.running_mean.copy_(fit.mean)
     norm.running_var.copy_(fit.variance)
+
+
+def channel_fits(
+    model: nn.Module, sites: Sequence[Site], batches: Sequence[Tensor]
+) -> dict[str, ChannelFit]:
+    """The best operation for each channel of depthwise sites, in one pass over the images."""
+    sums = {s.name: ChannelSums(len(site_operations(s)), s.geometry.in_channels) for s in sites}
+    generator = torch.Generator().manual_seed(0)
+    images = sum(len(batch) for batch in batches)
+
+    def add(site: Site, x: Tensor, y: Tensor) -> None:
+        _add_channels(sums[site.name], site, x, y, images, generator)
+
+    handles = [
+        model.get_submodule(site.name).register_forward_hook(
+            lambda _, args, kwargs, out, site=site: add(site, first_of(args, kwargs), out),
+            with_kwargs=True,
+        )
+        for site in sites
+    ]
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {site.name: sums[site.name].fit(site_readout(model, site).weights) for site in sites}
+
+
+def channel_refit(teacher: nn.Module, front: Front, site: Site) -> ChannelFit:
+    """The best operation for each channel, with inputs from the edited network."""
+    sums = ChannelSums(len(site_operations(site)), site.geometry.in_channels)
+    generator = torch.Generator().manual_seed(0)
+    images = sum(len(batch) for batch in front.batches)
+    read = front.captures(site.name, {"x": (site.name, "input")})
+    for batch, made in zip(front.batches, read, strict=True):
+        y = capture(teacher, batch, {"y": (site.name, "output")})["y"]
+        _add_channels(sums, site, made["x"], y, images, generator)
+    return sums.fit(site_readout(teacher, site).weights)
+
+
+def _add_channels(
+    sums: ChannelSums, site: Site, x: Tensor, y: Tensor, images: int, generator: torch.Generator
+) -> None:
+    number = len(y) * y.shape[2] * y.shape[3]
+    chosen = sample_positions(number, max(1, round(POSITIONS * len(x) / images)), generator)
+    where = None if chosen is None else chosen.to(x.device)
+    sums.add(x, y, site_window(site), site_operations(site), where)

@@ -18,6 +18,7 @@ from pfsurgery.recover.calibration import (
     hold_out,
     in_fast_layout,
 )
+from pfsurgery.recover.channels import channel_fits
 from pfsurgery.recover.columns import Operation
 from pfsurgery.recover.fit import Form
 from pfsurgery.recover.gram import Moments
@@ -25,15 +26,11 @@ from pfsurgery.recover.groups import in_memory
 from pfsurgery.recover.options import Option, site_moments, site_options
 from pfsurgery.recover.polish import polish
 from pfsurgery.recover.progress import tracked
+from pfsurgery.recover.readout import site_readout
 from pfsurgery.recover.screen import MOST_COLUMNS, Screen, is_wide, lifted_kernel, screens
-from pfsurgery.recover.sequence import (
-    channel_fits,
-    refit_in_order,
-    reuse,
-    site_kernel,
-    site_readout,
-)
-from pfsurgery.recover.target import POSITIONS, input_moments, site_operations
+from pfsurgery.recover.sequence import refit_in_order
+from pfsurgery.recover.site_fit import site_kernel
+from pfsurgery.recover.target import POSITIONS, input_moments, reuse, site_operations
 from pfsurgery.sites import Site
 
 _LARGEST_OPTION = 0.85  # of the convolution's cost; a form that saves less is not worth having

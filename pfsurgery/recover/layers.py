@@ -27,8 +27,9 @@ from pfsurgery.recover.distance import check_same_outputs
 from pfsurgery.recover.gram import Moments, MomentSum, sample_positions
 from pfsurgery.recover.polish import polish
 from pfsurgery.recover.progress import tracked
+from pfsurgery.recover.readout import Readout, corrected, readout_of
 from pfsurgery.recover.refit import Refit, layer_columns, solve_layer
-from pfsurgery.recover.target import POSITIONS, Readout, corrected, readout_of
+from pfsurgery.recover.target import POSITIONS
 from pfsurgery.sites import geometry_of
 
 

@@ -11,22 +11,14 @@ from torch import Tensor, nn
 
 from pfsurgery.errors import RecordMismatchError
 from pfsurgery.graph import GraphView
-from pfsurgery.neighbours import is_rectified, neighbours_of_module
+from pfsurgery.neighbours import neighbours_of_module
 from pfsurgery.recover.capture import Side
 from pfsurgery.recover.front import Front
 from pfsurgery.recover.gram import Moments, MomentSum, sample_positions
 from pfsurgery.recover.groups import in_memory
 from pfsurgery.recover.linalg import ridge_gcv
-from pfsurgery.recover.target import (
-    POSITIONS,
-    ROWS_MEMORY,
-    Readout,
-    corrected,
-    readout_of,
-    rows_bytes,
-    sampled_rows,
-    visible,
-)
+from pfsurgery.recover.readout import Readout, corrected, rectified_readout, visible
+from pfsurgery.recover.target import POSITIONS, ROWS_MEMORY, rows_bytes, sampled_rows
 from pfsurgery.weights import applied_weight
 
 _ROUNDS = 3  # towards what a ReLU lets through
@@ -100,9 +92,7 @@ def layer_aim(
     _check_twins(student, original, name, twin)
     goal = (twin, *dropped)[-1]
     around = neighbours_of_module(goal, seen)
-    how = readout_of(original, around, len(_layer(student, name).weight))
-    known = how.norm == around.norm  # of another norm it is not known which outputs are negative
-    how = replace(how, rectified=known and is_rectified(goal, how.merge, seen))
+    how = rectified_readout(original, goal, around, len(_layer(student, name).weight), seen)
     return LayerAim(site, name, twin, goal, how)
 
 

@@ -1,100 +1,23 @@
-"""One site's fitting problem: what it reads in the edited network, what it should give."""
+"""Where sites are looked at: their windows and operations, sampled positions, original rows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from pfsurgery.errors import DataError
 from pfsurgery.recover.capture import Side, capture, on_input
 from pfsurgery.recover.columns import Operation, Window, column_rows, operations
-from pfsurgery.recover.front import Front
 from pfsurgery.recover.gram import Moments, MomentSum, sample_positions
+from pfsurgery.recover.readout import Readout
 from pfsurgery.recover.screen import Screen, screened
-from pfsurgery.sites import Neighbours, Site
+from pfsurgery.sites import Site
 
 POSITIONS = 65536  # looked at for each layer, about
 ROWS_MEMORY = 1 << 29  # bytes of the original's rows that are held at once, about
-_DEAD = 1e-4  # norm weights below this share of the largest make a channel that says nothing
 _CHUNK = 16384  # positions whose columns are in memory at once
-
-
-@dataclass(frozen=True, slots=True)
-class Readout:
-    """How a site's output counts: behind its norm, and where a shortcut is added to it.
-
-    Attributes:
-        scale: What the norm multiplies each output channel by, (C_out,).
-        shift: What it then adds, (C_out,).
-        weights: Importance of each output channel, |scale|, and 0 where the channel is dead.
-        norm: Path of the norm, None without a batch norm right behind the site.
-        merge: Path of the module that reads the sum with the shortcut.
-        rectified: Whether a ReLU alone reads what becomes of it, so that it matters less how far
-            below zero that is.
-    """
-
-    scale: Tensor
-    shift: Tensor
-    weights: Tensor
-    norm: str | None
-    merge: str | None
-    rectified: bool = False
-
-
-def readout_of(model: nn.Module, around: Neighbours, outputs: int) -> Readout:
-    """How the output of a layer with these neighbours counts in `model`, in eval mode."""
-    norm = model.get_submodule(around.norm) if around.norm else None
-    if not isinstance(norm, _BatchNorm) or norm.running_var is None or norm.running_mean is None:
-        scale, shift = torch.ones(outputs), torch.zeros(outputs)
-        merge = around.merge if around.norm is None else None
-        return Readout(scale, shift, scale.double(), None, merge)
-    scale = (norm.running_var + norm.eps).rsqrt().detach().cpu().float()
-    if norm.weight is not None:
-        scale = scale * norm.weight.detach().cpu()
-    shift = -norm.running_mean.detach().cpu() * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.detach().cpu()
-    weights = scale.abs().double()
-    weights[weights < _DEAD * weights.max()] = 0
-    return Readout(scale, shift, weights, around.norm, around.merge)
-
-
-def corrected(goal: Tensor, shortcut: Tensor, how: Readout) -> Tensor:
-    """What a layer should give, (N, C, ...), so that its sum with `shortcut` is `goal`."""
-    shape = (1, -1, *[1] * (goal.ndim - 2))
-    scale, shift = (t.to(goal).view(shape) for t in (how.scale, how.shift))
-    live = how.weights.to(goal).view(shape) > 0
-    inverse = torch.where(live, 1 / torch.where(live, scale, 1.0), 0.0)
-    return (goal - shortcut - shift) * inverse
-
-
-def visible(goal: Tensor, made: Tensor, shortcut: Tensor | None, how: Readout) -> Tensor:
-    """Rows (P, C) that a layer should give, of which it gives `made`, where a ReLU reads them.
-
-    Where the ReLU raises both to zero, what is made is good as it is; where it raises the goal
-    alone, zero is enough. The squared distance to these rows is no less than the error that the
-    ReLU leaves, and equal to it at `made`, except where the goal is above zero and what is made
-    below: so a step of least squares towards them lessens that error (majorisation). Zhang, Zou,
-    He & Sun (TPAMI 2016, arXiv 1505.06798, section 3.2) fit nonlinear responses for the same
-    reason.
-
-    Args:
-        goal: What the original gives, corrected for the shortcut.
-        made: What the layer gives now.
-        shortcut: What is added behind the norm, (P, C), None without.
-        how: How the outputs count.
-    """
-    zero = -how.shift if shortcut is None else -how.shift - shortcut
-    live = how.weights > 0
-    scale = torch.where(live, how.scale, 1.0)
-    hidden, negative = goal * scale <= zero, made * scale <= zero
-    seen = torch.where(hidden, torch.where(negative, made, zero / scale), goal)
-    return torch.where(live, seen, goal)
 
 
 def site_window(site: Site) -> Window:
@@ -113,7 +36,13 @@ def site_operations(site: Site) -> tuple[Operation, ...]:
     return tuple(op for op in operations(site_window(site), reach=reach, pools=pools) if op.linear)
 
 
-class _Sampler:
+def reuse(site: Site) -> float:
+    """Input positions for each output position."""
+    (height, width), (rows, columns) = site.input_shape[-2:], site.output_shape[-2:]
+    return height * width / (rows * columns)
+
+
+class Sampler:
     """The positions of a site's output that are looked at, the same ones for every sampler of it.
 
     Args:
@@ -122,7 +51,7 @@ class _Sampler:
         most: Positions that are looked at in all batches, about.
     """
 
-    def __init__(self, site: Site, batches: Sequence[Tensor], most: int) -> None:
+    def __init__(self, site: Site, batches: Sequence[Tensor], most: int = POSITIONS) -> None:
         self._window = site_window(site)
         self._per_image = most / sum(len(batch) for batch in batches)
         self._generator = torch.Generator().manual_seed(0)
@@ -175,7 +104,7 @@ def input_moments(
         for site, screen in zip(sites, looked, strict=True)
     ]
     sums = [MomentSum(len(o) * width) for width, o in zip(widths, ops, strict=True)]
-    samplers = [_Sampler(site, batches, most) for site in sites]
+    samplers = [Sampler(site, batches, most) for site in sites]
 
     def add(place: int, x: Tensor) -> None:
         x = screened(x.detach().float(), looked[place])
@@ -219,7 +148,7 @@ def goal_rows(
     Returns:
         For each site and batch the rows (P, C_out).
     """
-    samples = [_Sampler(site, batches, most).outputs for site in sites]
+    samples = [Sampler(site, batches, most).outputs for site in sites]
     return sampled_rows(teacher, layers, hows, batches, samples, [site.calls for site in sites])
 
 
@@ -263,51 +192,3 @@ def sampled_rows(
 def rows_bytes(how: Readout) -> int:
     """Bytes of the rows of one layer's output at `POSITIONS` positions."""
     return 4 * POSITIONS * len(how.weights)
-
-
-def refit_moments(
-    front: Front,
-    site: Site,
-    goals: Sequence[Tensor],
-    ops: Sequence[Operation],
-    how: Readout,
-    most: int,
-    layer: str | None = None,
-    screen: Screen | None = None,
-) -> Moments:
-    """Moments of the columns that `site` reads in the edited network, and of what it should give.
-
-    The target is what the original gives at the same place. Where a shortcut is added, the target
-    is what the sum lacks: the original's sum less the edited network's shortcut, so that a site
-    corrects what the sites before it got wrong.
-
-    Args:
-        front: The edited network, whose site still is its convolution, and the images.
-        site: The site.
-        goals: The original's rows of this site, from `goal_rows` with the same images.
-        ops: The operations of its columns.
-        how: How its output counts.
-        most: Positions that are looked at, about.
-        layer: Path of the layer whose output is wanted, the site itself if None.
-        screen: Directions that stand for the channels of a very wide site.
-    """
-    total: MomentSum | None = None
-    window = site_window(site)
-    sampler, shortcuts = (_Sampler(site, front.batches, most) for _ in range(2))
-    wanted: dict[str, tuple[str, Side]] = {"x": (site.name, "input")}
-    if how.merge is not None:
-        wanted |= {"out": (how.norm or layer or site.name, "output"), "sum": (how.merge, "input")}
-    calls = dict.fromkeys(wanted, site.calls)
-    for made, goal in zip(front.captures(site.name, wanted, calls), goals, strict=True):
-        x = screened(made["x"].float(), screen)
-        total = total or MomentSum(len(ops) * x.shape[1], goal.shape[1])
-        if how.merge is not None:
-            goal = corrected(goal, shortcuts.outputs(made["sum"] - made["out"]), how)
-        first = 0
-        for part, chosen in sampler.inputs(x):
-            values = column_rows(part, window, ops, chosen).cpu()
-            total.add(values, goal[first : first + len(values)])
-            first += len(values)
-    if total is None:
-        raise DataError("There is no image to fit to.")
-    return total.result()

@@ -43,7 +43,7 @@ def plan_sections(plan: Plan, damage: dict[str, float] | None = None) -> tuple[S
         measures.insert(0, Measure(Axis("relative error (1)", zero=True), errors, shown))
         said = (
             "Below, the relative error of the fitted output of each site (0: none, 1: as large as "
-            "the output), and the multiply-adds saved"
+            "the output; less what a ReLU hides that alone reads it), and the multiply-adds saved"
         )
     network = Figure(
         f"The sites from input (left) to output (right), coloured by what stands there. {said}.",

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 from pfsurgery.graph import GraphView, view
 from pfsurgery.modules import get_module, set_module
+from pfsurgery.recover.aim import aim_at, goals_of
 from pfsurgery.recover.choices import Choices
 from pfsurgery.recover.distance import Outputs, distance, outputs
 from pfsurgery.recover.front import Front
 from pfsurgery.recover.options import Option
-from pfsurgery.recover.sequence import aim_at, fitting_problem, goals_of, place, place_fit
+from pfsurgery.recover.reads import Reads, refit_moments
+from pfsurgery.recover.sequence import place
+from pfsurgery.recover.site_fit import place_fit, site_problem
 from pfsurgery.sites import Site
 
 Measured = TypeVar("Measured")
@@ -57,8 +60,9 @@ def damages(
 ) -> list[Measured]:
     """What is measured of the original with each of the options at a site.
 
-    An option is fitted to what the site reads, and repaired as in a conversion: its own weights or
-    the pointwise layer behind it are solved in closed form.
+    An option is fitted to what the site reads, and repaired in closed form: its own weights are
+    solved once, without a conversion's fits to what a ReLU lets through, or the pointwise layer
+    behind it is refitted as in a conversion.
 
     Args:
         choices: The original, which is left as it was, and its images.
@@ -84,7 +88,9 @@ def damages(
                 continue
             if problem is None:
                 (goals,) = goals_of(teacher, [aim], batches)
-                problem = fitting_problem(teacher, Front(teacher, batches), aim, goals, screen)
+                reads = Reads(Front(teacher, batches), aim, goals)
+                moments = refit_moments(reads, aim, batches, screen)
+                problem = site_problem(teacher, aim, moments, screen)
             place_fit(teacher, aim, problem, screen)
             found.append(measure(teacher))
     finally:
