@@ -138,9 +138,10 @@ def augment(images: Tensor, size: int, generator: torch.Generator, pad: int = 2)
 
 
 def autocast(model: nn.Module) -> torch.autocast:
-    """bfloat16 where that is faster: on processors with matrix units, without depthwise layers."""
+    """bfloat16 where that is faster: on processors that multiply in it, without depthwise layers."""
     depthwise = any(isinstance(m, nn.Conv2d) and m.groups > 1 for m in model.modules())
-    enabled = torch.cpu._is_amx_tile_supported() and not depthwise
+    multiplies = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    enabled = multiplies and not depthwise
     return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
 
 
