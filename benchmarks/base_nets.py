@@ -138,7 +138,7 @@ def augment(images: Tensor, size: int, generator: torch.Generator, pad: int = 2)
 
 
 def autocast(model: nn.Module) -> torch.autocast:
-    """bfloat16 where that is faster: if the processor multiplies in it, without depthwise layers."""
+    """bfloat16 where the processor multiplies in it, but for networks with depthwise layers."""
     depthwise = any(isinstance(m, nn.Conv2d) and m.groups > 1 for m in model.modules())
     multiplies = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     enabled = multiplies and not depthwise
