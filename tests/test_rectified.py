@@ -144,6 +144,15 @@ def test_where_zero_lies_is_not_known_behind_several_norms():
     assert not layer_aim(model, model, "conv", "conv", "conv", seen).how.rectified
 
 
+def calibrated(number):
+    """A network whose norms know the images, and so many images."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=7, zero_init_last=False).eval()
+    images = torch.randn(number, 3, 64, 64)
+    pfsurgery.recalibrate(model, images)
+    return model, images
+
+
 def left_behind(fast: nn.Module, model: nn.Module, images: torch.Tensor, path: str) -> float:
     """Squared difference of the outputs of the module at `path`."""
     found = []
@@ -158,10 +167,7 @@ def left_behind(fast: nn.Module, model: nn.Module, images: torch.Tensor, path: s
 
 
 def test_what_the_relu_lets_through_is_nearer(monkeypatch):
-    torch.manual_seed(0)
-    model = timm.create_model("test_resnet", num_classes=7, zero_init_last=False).eval()
-    images = torch.randn(64, 3, 64, 64)
-    pfsurgery.recalibrate(model, images)
+    model, images = calibrated(64)
     left = {}
     for rounds in (0, refit._ROUNDS):
         monkeypatch.setattr(refit, "_ROUNDS", rounds)
@@ -179,10 +185,7 @@ def test_what_the_relu_lets_through_is_nearer(monkeypatch):
 )
 @pytest.mark.parametrize("thin", [True, False])
 def test_what_the_relu_lets_through_is_nearer_in_a_budget(monkeypatch, path, act, thin):
-    torch.manual_seed(0)
-    model = timm.create_model("test_resnet", num_classes=7, zero_init_last=False).eval()
-    images = torch.randn(64, 3, 64, 64)
-    pfsurgery.recalibrate(model, images)
+    model, images = calibrated(64)
     left = {}
     for rounds in (0, site_fit._VISIBLE_ROUNDS):
         monkeypatch.setattr(site_fit, "_VISIBLE_ROUNDS", rounds)
@@ -226,10 +229,7 @@ def test_what_a_site_reads_need_not_be_held(monkeypatch, name):
 
 
 def test_hooks_on_a_convolution_see_what_it_reads_once(monkeypatch):
-    torch.manual_seed(0)
-    model = timm.create_model("test_resnet", num_classes=7, zero_init_last=False).eval()
-    images = torch.randn(64, 3, 64, 64)
-    pfsurgery.recalibrate(model, images)
+    model, images = calibrated(64)
     model.layer2[0].conv1.register_forward_pre_hook(lambda _, args: (args[0].mul_(2),))
     left = {}
     for rounds in (0, site_fit._VISIBLE_ROUNDS):
@@ -320,10 +320,7 @@ def test_an_empty_batch_counts_for_nothing():
 
 
 def test_a_product_takes_what_a_dropped_norm_and_activation_gave():
-    torch.manual_seed(0)
-    model = timm.create_model("test_resnet", num_classes=7, zero_init_last=False).eval()
-    images = torch.randn(48, 3, 64, 64)
-    pfsurgery.recalibrate(model, images)
+    model, images = calibrated(48)
     policy = Policy("short", (Rule("max_pool", tail="drop", name="layer2.0.*"),))
     fast = pfsurgery.convert(model, policy)
     assert isinstance(fast.layer2[0].bn1, nn.Identity)

@@ -13,7 +13,7 @@ from pfsurgery.neighbours import neighbours_of_module
 from pfsurgery.recover.groups import in_memory
 from pfsurgery.recover.options import Option
 from pfsurgery.recover.readout import Readout, readout_of, rectified_readout
-from pfsurgery.recover.target import POSITIONS, ROWS_MEMORY, goal_rows, rows_bytes
+from pfsurgery.recover.target import ROWS_MEMORY, Sampler, rows_bytes, sampled_rows
 from pfsurgery.sites import Site
 
 
@@ -49,8 +49,10 @@ def goals_of(
     """The original's rows for each aim, from as few passes as their memory allows."""
     for group in in_memory(aims, lambda aim: rows_bytes(aim.how), ROWS_MEMORY):
         read = [aim for aim in group if aim.reads_goals]
-        places = [aim.site for aim in read], [aim.layer for aim in read], [aim.how for aim in read]
-        rows = goal_rows(teacher, *places, batches, POSITIONS) if read else []
+        layers, hows = [aim.layer for aim in read], [aim.how for aim in read]
+        samples = [Sampler(aim.site, batches).outputs for aim in read]
+        calls = [aim.site.calls for aim in read]
+        rows = sampled_rows(teacher, layers, hows, batches, samples, calls) if read else []
         for aim in group:
             yield rows.pop(0) if aim.reads_goals else []
 

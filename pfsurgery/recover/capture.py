@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -30,6 +30,19 @@ def on_input(module: nn.Module, take: Callable[[Tensor], None]) -> RemovableHand
     return module.register_forward_pre_hook(
         lambda _, args, kwargs: take(first_of(args, kwargs)), with_kwargs=True
     )
+
+
+@torch.no_grad()
+def run_watched(
+    model: nn.Module, batches: Sequence[Tensor], hooks: Sequence[RemovableHandle]
+) -> None:
+    """Run `model` on batches (N, C, H, W) for hooks that take what they need, and remove these."""
+    try:
+        for batch in batches:
+            model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pfsurgery.errors import DataError
-from pfsurgery.recover.capture import capture, first_of
+from pfsurgery.recover.capture import capture, first_of, run_watched
 from pfsurgery.recover.columns import Operation, Reader, Window
 from pfsurgery.recover.front import Front
 from pfsurgery.recover.gram import sample_positions
@@ -142,20 +142,14 @@ def channel_fits(
     def add(site: Site, x: Tensor, y: Tensor) -> None:
         _add_channels(sums[site.name], site, x, y, images, generator)
 
-    handles = [
+    hooks = [
         model.get_submodule(site.name).register_forward_hook(
             lambda _, args, kwargs, out, site=site: add(site, first_of(args, kwargs), out),
             with_kwargs=True,
         )
         for site in sites
     ]
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                model(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_watched(model, batches, hooks)
     return {site.name: sums[site.name].fit(site_readout(model, site).weights) for site in sites}
 
 

@@ -21,13 +21,13 @@ from pfsurgery.recover.calibration import (
     frozen_teacher,
     hold_out,
 )
-from pfsurgery.recover.capture import capture
+from pfsurgery.recover.capture import Side, capture
 from pfsurgery.recover.columns import Window, column_rows, operations
 from pfsurgery.recover.distance import check_same_outputs
 from pfsurgery.recover.gram import Moments, MomentSum, sample_positions
 from pfsurgery.recover.polish import polish
 from pfsurgery.recover.progress import tracked
-from pfsurgery.recover.readout import Readout, corrected, readout_of
+from pfsurgery.recover.readout import Readout, around_sum, corrected, readout_of
 from pfsurgery.recover.refit import Refit, layer_columns, solve_layer
 from pfsurgery.recover.target import POSITIONS
 from pfsurgery.sites import geometry_of
@@ -219,9 +219,6 @@ def _input_and_target(
         goal = capture(original, batch, {"y": (name, "output")})["y"]
         return capture(student, batch, {"x": (name, "input")})["x"], goal[:, kept]
     goal = capture(original, batch, {"sum": (how.merge, "input")})["sum"][:, kept]
-    made = capture(
-        student,
-        batch,
-        {"x": (name, "input"), "out": (how.norm or name, "output"), "sum": (how.merge, "input")},
-    )
+    own: dict[str, tuple[str, Side]] = {"x": (name, "input")}
+    made = capture(student, batch, own | around_sum(how, name))
     return made["x"], corrected(goal, made["sum"] - made["out"], how)

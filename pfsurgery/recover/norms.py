@@ -17,7 +17,7 @@ from pfsurgery.errors import DataError, TrainingError
 from pfsurgery.fold import computes_as_known
 from pfsurgery.graph import GraphView
 from pfsurgery.measure.state import explained
-from pfsurgery.recover.capture import on_input
+from pfsurgery.recover.capture import on_input, run_watched
 from pfsurgery.recover.state import keep_random_state, keep_train_flags, placement
 
 # Of a norm's eps: a channel of a smaller variance is constant on these images, and keeps the
@@ -163,13 +163,7 @@ def settle(model: nn.Module, batches: Sequence[Tensor], seen: GraphView) -> None
         and _can_make_up(norm)
         and all(owners[id(tensor)] == 1 for tensor in _tensors(norm))
     }
-    handles = [on_input(norm, pool.add) for norm, pool in pools.items()]
-    try:
-        for batch in batches:
-            model(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_watched(model, batches, [on_input(norm, pool.add) for norm, pool in pools.items()])
     for norm, pool in pools.items():
         if pool.count > 1:
             _normalise_by(norm, pool)

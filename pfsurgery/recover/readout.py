@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pfsurgery.graph import GraphView
 from pfsurgery.neighbours import is_rectified
+from pfsurgery.recover.capture import Side
 from pfsurgery.sites import Neighbours, Site
 
 _DEAD = 1e-4  # norm weights below this share of the largest make a channel that says nothing
@@ -66,6 +67,13 @@ def rectified_readout(
 def site_readout(teacher: nn.Module, site: Site) -> Readout:
     """How a site's output counts in the original."""
     return readout_of(teacher, site.neighbours, site.geometry.out_channels)
+
+
+def around_sum(how: Readout, layer: str) -> dict[str, tuple[str, Side]]:
+    """What to capture where a shortcut is added: "sum" less "out" is the shortcut; else nothing."""
+    if how.merge is None:
+        return {}
+    return {"out": (how.norm or layer, "output"), "sum": (how.merge, "input")}
 
 
 def corrected(goal: Tensor, shortcut: Tensor, how: Readout) -> Tensor:

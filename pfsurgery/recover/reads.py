@@ -14,7 +14,7 @@ from pfsurgery.recover.capture import Side
 from pfsurgery.recover.columns import column_rows
 from pfsurgery.recover.front import Front
 from pfsurgery.recover.gram import Moments, MomentSum
-from pfsurgery.recover.readout import corrected, visible
+from pfsurgery.recover.readout import around_sum, corrected, visible
 from pfsurgery.recover.screen import Screen, screened
 from pfsurgery.recover.target import Sampler, rows_bytes, site_operations, site_window
 
@@ -54,9 +54,8 @@ class Reads:
         """One read a batch."""
         how, site = self.aim.how, self.aim.site
         rows = Sampler(site, self.front.batches)
-        wanted: dict[str, tuple[str, Side]] = {"x": (site.name, "input")}
-        if how.merge is not None:
-            wanted |= {"out": (how.norm or self.aim.layer, "output"), "sum": (how.merge, "input")}
+        own: dict[str, tuple[str, Side]] = {"x": (site.name, "input")}
+        wanted = own | around_sum(how, self.aim.layer)
         calls = dict.fromkeys(wanted, site.calls)
         captured = self.front.captures(site.name, wanted, calls)
         for made, goal in zip(captured, self.goals, strict=True):

@@ -17,7 +17,7 @@ from pfsurgery.recover.front import Front
 from pfsurgery.recover.gram import Moments, MomentSum, sample_positions
 from pfsurgery.recover.groups import in_memory
 from pfsurgery.recover.linalg import ridge_gcv
-from pfsurgery.recover.readout import Readout, corrected, rectified_readout, visible
+from pfsurgery.recover.readout import Readout, around_sum, corrected, rectified_readout, visible
 from pfsurgery.recover.target import POSITIONS, ROWS_MEMORY, rows_bytes, sampled_rows
 from pfsurgery.weights import applied_weight
 
@@ -254,9 +254,8 @@ def _rows(
 ) -> Iterator[_Rows]:
     how = aim.how
     read, made, shortcuts = (_RowSampler(front.batches, layer) for _ in range(3))
-    wanted: dict[str, tuple[str, Side]] = {"x": (aim.layer, "input"), "y": (aim.layer, "output")}
-    if how.merge is not None:
-        wanted |= {"out": (how.norm or aim.layer, "output"), "sum": (how.merge, "input")}
+    own: dict[str, tuple[str, Side]] = {"x": (aim.layer, "input"), "y": (aim.layer, "output")}
+    wanted = own | around_sum(how, aim.layer)
     for seen, goal in zip(front.captures(aim.twin, wanted), goals, strict=True):
         shortcut = None
         if how.merge is not None:

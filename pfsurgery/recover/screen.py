@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pfsurgery.recover.capture import on_input
+from pfsurgery.recover.capture import on_input, run_watched
 from pfsurgery.recover.columns import Operation
 from pfsurgery.recover.fit import Fit
 from pfsurgery.recover.gram import MomentSum, sample_positions
@@ -73,16 +73,10 @@ def screens(
         kept = sample_positions(len(rows), most, generator)
         sums[name].add((rows if kept is None else rows[kept.to(rows.device)]).cpu())
 
-    handles = [
+    hooks = [
         on_input(model.get_submodule(site.name), partial(add, site.name)) for site, _, _ in wide
     ]
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                model(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_watched(model, batches, hooks)
     return {
         site.name: _screen(sums[site.name].result().gram, kernel.view(count, -1, kernel.shape[1]))
         for site, count, kernel in wide

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pfsurgery.recover.capture import Side, capture, on_input
+from pfsurgery.recover.capture import Side, capture, on_input, run_watched
 from pfsurgery.recover.columns import Operation, Window, column_rows, operations
 from pfsurgery.recover.gram import Moments, MomentSum, sample_positions
 from pfsurgery.recover.readout import Readout
@@ -112,44 +112,12 @@ def input_moments(
             rows = column_rows(part, site_window(sites[place]), ops[place], chosen)
             sums[place].add(rows.cpu())
 
-    handles = [
+    hooks = [
         on_input(model.get_submodule(site.name), partial(add, place))
         for place, site in enumerate(sites)
     ]
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                model(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_watched(model, batches, hooks)
     return [total.result() for total in sums]
-
-
-def goal_rows(
-    teacher: nn.Module,
-    sites: Sequence[Site],
-    layers: Sequence[str],
-    hows: Sequence[Readout],
-    batches: Sequence[Tensor],
-    most: int,
-) -> list[list[Tensor]]:
-    """What the original gives at the sampled positions of each site, in one pass over the images.
-
-    Args:
-        teacher: The original, in eval mode.
-        sites: The sites.
-        layers: For each, the path of the layer whose output is wanted: the site itself, or the
-            pointwise layer behind it.
-        hows: For each, how that output counts: where a shortcut is added, the sum is read.
-        batches: Images (N, C, H, W), one batch each.
-        most: Positions that are looked at for each site, about.
-
-    Returns:
-        For each site and batch the rows (P, C_out).
-    """
-    samples = [Sampler(site, batches, most).outputs for site in sites]
-    return sampled_rows(teacher, layers, hows, batches, samples, [site.calls for site in sites])
 
 
 def sampled_rows(
