@@ -29,5 +29,5 @@ IN_PLACE, COPY, REDUCTION = range(3)
 TILE_ROWS, DEPTH, PANEL, SHAPE = 16, 32, 32, 64
 # Places in the row of integers that describes a pooled run of columns.
 MAXIMUM, FIRST_ROW, FIRST_COLUMN, POOL_HEIGHT, POOL_WIDTH = range(5)
-COLUMN_STRIDE, POOLED, LIST, PLACE = range(5, 9)
+COLUMN_STRIDE, VECTORS, LIST, PLACE = range(5, 9)
 POOL = 9

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ class Sizes:
         inputs: Numbers of a pixel of what the middle reads, without pooled ones.
         width: With pooled ones behind them.
         waist: Numbers of a pixel between the products, in whole vectors.
-        pooled: Channels of the widest pooled run.
+        pools: Whether any run is pooled.
         fill: Where what the middle reads comes from.
     """
 
@@ -101,7 +102,7 @@ class Sizes:
     inputs: int
     width: int
     waist: int
-    pooled: int
+    pools: bool
     fill: int
 
     def held_rows(self, block: int) -> int:
@@ -127,13 +128,13 @@ class Sizes:
         return Cut(images, block, group)
 
     def scratch(self, cut: Cut) -> tuple[int, int, int]:
-        """Numbers of scratch memory: what is held, the waist, the rows of a pool."""
+        """Numbers of scratch memory: what is held, the waist, a row of a pool and its shares."""
         rows = self.held_rows(cut.block)
         held = 0 if self.fill == at.IN_PLACE else rows * self.held_columns * self.width
         return (
             cut.group * held,
             cut.group * cut.block * self.columns * self.waist,
-            self.pooled * self.held_columns * (rows + 3),
+            self.held_columns * (lanes() + 1) if self.pools else 0,
         )
 
 
@@ -151,11 +152,11 @@ def measured(geometry: Geometry, structure: Structure, rows: int, columns: int, 
             f"An input of {rows} x {columns} pixels is smaller than the window of {geometry}."
         )
     made = geometry.output_size((rows, columns))
-    pooled = [len(run.channels) for run in structure.runs if run.kind != "tap"]
+    pools = any(run.kind != "tap" for run in structure.runs)
     if structure.reduce:
         fill = at.REDUCTION
     else:
-        fill = at.COPY if pooled or padded != (rows, columns) else at.IN_PLACE
+        fill = at.COPY if pools or padded != (rows, columns) else at.IN_PLACE
     inputs = rounded(structure.reduce, unit) if structure.reduce else geometry.in_channels
     return Sizes(
         top=top,
@@ -166,9 +167,9 @@ def measured(geometry: Geometry, structure: Structure, rows: int, columns: int, 
         reach=reach[0],
         stride=geometry.stride[0],
         inputs=inputs,
-        width=inputs + sum(pooled),
+        width=inputs + pooled_numbers(geometry, structure),
         waist=rounded(structure.waist or 0, unit),
-        pooled=max(pooled, default=0),
+        pools=pools,
         fill=fill,
     )
 
@@ -192,22 +193,54 @@ def columns_read(
         if run.kind == "tap":
             read.append(((run.top, run.left), run.channels))
         else:
-            read.append(((0, 0), range(inputs, inputs + len(run.channels))))
-            inputs += len(run.channels)
+            firsts = _vectors(run.channels, geometry.in_channels)
+            places: dict[int, int] = {}
+            for number, first in enumerate(firsts):
+                there = inputs + number * lanes() - first
+                places |= {channel: channel + there for channel in range(first, first + lanes())}
+            read.append(((0, 0), [places[channel] for channel in run.channels]))
+            inputs += len(firsts) * lanes()
     return read
 
 
+def pooled_numbers(geometry: Geometry, structure: Structure) -> int:
+    """Numbers of a pixel that pooled runs take: of each the vectors that hold its channels."""
+    pooled = [run.channels for run in structure.runs if run.kind != "tap"]
+    return sum(len(_vectors(channels, geometry.in_channels)) for channels in pooled) * lanes()
+
+
+def _vectors(channels: Sequence[int], inputs: int) -> list[int]:
+    """First channels of vectors that together hold ascending channels of so many.
+
+    They lie as in memory that is cut into vectors, but for the last: that ends with the pixel.
+    """
+    found: list[int] = []
+    for channel in channels:
+        if not found or channel >= found[-1] + lanes():
+            found.append(max(0, min(channel // lanes() * lanes(), inputs - lanes())))
+    return found
+
+
+@lru_cache
+def lanes() -> int:
+    """Numbers of a vector; asked for when a kernel is about to run, as Numba knows it."""
+    from pfsurgery.kernels import vectors
+
+    return vectors.LANES
+
+
 def pool_tables(geometry: Geometry, structure: Structure, inputs: int) -> dict[int, Tensor]:
-    """The pooled runs, each from `at.MAXIMUM` to `at.PLACE`, and their channels."""
+    """The pooled runs, each from `at.MAXIMUM` to `at.PLACE`, and their vectors' first channels."""
     pools: list[list[int]] = []
     lists: list[int] = []
     for run in structure.runs:
         if run.kind == "tap":
             continue
         window = [int(run.kind == "maximum"), run.top, run.left, run.height, run.width]
-        pools.append([*window, geometry.stride[1], len(run.channels), len(lists), inputs])
-        lists += run.channels
-        inputs += len(run.channels)
+        firsts = _vectors(run.channels, geometry.in_channels)
+        pools.append([*window, geometry.stride[1], len(firsts), len(lists), inputs])
+        lists += firsts
+        inputs += len(firsts) * lanes()
     return {at.POOLS: torch.tensor(pools), at.LISTS: torch.tensor(lists)}
 
 

@@ -20,6 +20,7 @@ from pfsurgery.kernels.fused_layout import (
     common,
     measured,
     pool_tables,
+    pooled_numbers,
     program,
     rounded,
 )
@@ -90,7 +91,7 @@ class _Chunk:
 
 def _chunks(geometry: Geometry, structure: Structure, inputs: int) -> list[_Chunk]:
     """Chunks that together hold every column once; a pixel has `inputs` numbers and pooled ones."""
-    width = _width(structure, inputs)
+    width = _width(geometry, structure, inputs)
     chunks, seen = [], 0
     for tap, channels in columns_read(geometry, structure, inputs):
         waiting = sorted(zip(channels, range(seen, seen + len(channels)), strict=True))
@@ -107,9 +108,9 @@ def _chunks(geometry: Geometry, structure: Structure, inputs: int) -> list[_Chun
     return chunks
 
 
-def _width(structure: Structure, inputs: int) -> int:
+def _width(geometry: Geometry, structure: Structure, inputs: int) -> int:
     """Numbers of a pixel of `inputs` and pooled ones, in whole chunks."""
-    return inputs + rounded(sum(len(r.channels) for r in structure.runs if r.kind != "tap"), DEPTH)
+    return inputs + rounded(pooled_numbers(geometry, structure), DEPTH)
 
 
 def tile_program(
@@ -118,7 +119,7 @@ def tile_program(
     """The program for so many images of so many rows and columns, and that many threads."""
     rows, columns = shape[1:]
     sizes = measured(geometry, structure, rows, columns, DEPTH)
-    sizes = replace(sizes, width=_width(structure, sizes.inputs))
+    sizes = replace(sizes, width=_width(geometry, structure, sizes.inputs))
     if sizes.fill == at.IN_PLACE:
         sizes = replace(sizes, fill=at.COPY)  # a tile may reach behind the last pixel
     least = _images_read(structure, rows * columns)

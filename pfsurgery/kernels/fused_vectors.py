@@ -16,6 +16,7 @@ from pfsurgery.kernels.fused_layout import (
     Weights,
     columns_read,
     common,
+    lanes,
     measured,
     pool_tables,
     program,
@@ -44,7 +45,7 @@ def pack_vectors(
 
 def _pack(matrix: Tensor) -> Tensor:
     """Panels of outputs one after the other, each with its inputs' rows, filled with zeros."""
-    outputs, panel = matrix.shape[1], _tile()[1]
+    outputs, panel = matrix.shape[1], _panel()
     padded = F.pad(matrix, (0, _whole(outputs) - outputs))
     return torch.cat([part.flatten() for part in torch.split(padded, panel, dim=1)])
 
@@ -54,7 +55,7 @@ def vector_program(
 ) -> Program:
     """The program for so many images of so many rows and columns, and that many threads."""
     images, rows, columns = shape
-    sizes = measured(geometry, structure, rows, columns, _tile()[0])
+    sizes = measured(geometry, structure, rows, columns, lanes())
     cut = sizes.cut(images, workers)
     held, waist, pools = sizes.scratch(cut)
     tables = _tables(geometry, structure, sizes, cut, (rows, columns))
@@ -118,12 +119,12 @@ def _pixels(height: int, width: int, pitch: int, step: int, numbers: int) -> Ten
 
 
 def _whole(numbers: int) -> int:
-    return rounded(numbers, _tile()[0])
+    return rounded(numbers, lanes())
 
 
 @lru_cache
-def _tile() -> tuple[int, int]:
-    """Numbers of a vector, and outputs of a panel: what a tile holds of a row."""
+def _panel() -> int:
+    """Outputs of a panel: what a tile holds of a row."""
     from pfsurgery.kernels import vectors
 
-    return vectors.LANES, vectors.LANES * vectors.VECTORS
+    return vectors.LANES * vectors.VECTORS

@@ -10,9 +10,17 @@ import numpy as np
 from numba import njit
 
 from pfsurgery.kernels import bottleneck_arguments as at
-from pfsurgery.kernels.loops_base import line, take
+from pfsurgery.kernels.loops_base import integer, line, take
+from pfsurgery.kernels.loops_pool import (
+    LINE,
+    maxima_across,
+    maxima_down,
+    sums_across,
+    sums_down,
+)
+from pfsurgery.kernels.vectors import LANES, SIZE
 
-_NONE = np.float32(-np.inf)
+_NONE, _ZERO = np.float32(-np.inf), np.float32(0)
 
 
 def blocks(size, block):
@@ -93,95 +101,77 @@ def copy(p, source, held, rows, size):
             here += width * whole
 
 
-def pools(size, read, write):
-    """Pooled runs of numbers of `size` bytes; `read` makes float32 of them, `write` reverses it."""
+def pools(size, kind):
+    """Pooled runs of numbers of a kind, of `size` bytes each."""
 
     @njit
-    def pack(p, q, source, packed):
-        """A run's channels of one row of the image, side by side behind the padding on the left."""
-        pooled, channels = q[at.POOLED], line(p[at.LISTS] + q[at.LIST] * 8, q[at.POOLED], np.uint64)
-        first, neighbours = np.int64(channels[0]), channels[pooled - 1] - channels[0] == pooled - 1
-        for x in range(p[at.COLUMNS]):
-            made = line(packed + (p[at.LEFT] + x) * pooled * 4, pooled, np.float32)
-            pixel = source + x * p[at.CHANNELS] * size
-            if neighbours:
-                for c in range(pooled):
-                    made[c] = read(pixel, first + c)
-            else:
-                for c in range(pooled):
-                    made[c] = read(pixel, channels[c])
+    def pool(p, q, held, first, scratch):
+        """One pooled run of a block, a vector of channels at a time, behind the channels.
 
-    @njit
-    def pool(p, q, source, held, first, scratch):
-        """One pooled run of a block: across each row, then down, then behind its pixel.
-
-        The channels of a run are packed side by side with the padding around, so that every pass
-        goes over a whole row at once; where columns are strided, those between are computed in
-        vain.
+        A row of windows one pixel wide lies in the scratch memory, with the padding around.
         """
-        pooled, width = q[at.POOLED], p[at.HELD_COLUMNS] * q[at.POOLED]
-        length = ((p[at.TARGET_COLUMNS] - 1) * q[at.COLUMN_STRIDE] + 1) * pooled
-        packed, column, lines = scratch, scratch + width * 8, scratch + width * 12
-        shares = line(scratch + width * 4, width, np.float32)
-        line(packed, width, np.float32)[:] = _NONE if q[at.MAXIMUM] else np.float32(0)
-        for x in range(length // pooled):
-            seen = inside(x - p[at.LEFT] + q[at.FIRST_COLUMN], q[at.POOL_WIDTH], p[at.COLUMNS])
-            shares[x * pooled : (x + 1) * pooled] = np.float32(1) / np.float32(max(1, seen))
-        for r in range(max(0, -first), min(p[at.HELD_ROWS], p[at.ROWS] - first)):
-            row = source + (first + r) * p[at.COLUMNS] * p[at.CHANNELS] * size
-            pack(p, q, row, packed)
-            made = lines + r * width * 4
-            for k in range(q[at.POOL_WIDTH]):
-                combine(
-                    made, packed + (q[at.FIRST_COLUMN] + k) * pooled * 4, length, k, q[at.MAXIMUM]
+        shares, row = scratch, scratch + p[at.TARGET_COLUMNS] * SIZE
+        line(row, p[at.HELD_COLUMNS] * LANES, np.float32)[:] = _NONE if q[at.MAXIMUM] else _ZERO
+        pixel, across = p[at.WIDTH] * size, q[at.COLUMN_STRIDE]
+        pitch = p[at.HELD_COLUMNS] * pixel
+        for vector in range(q[at.VECTORS]):
+            channel = integer(p[at.LISTS], q[at.LIST] + vector)
+            place = held + (q[at.PLACE] + vector * LANES) * size
+            seen = -1
+            for output in range(p[at.BLOCK_ROWS]):
+                top = first + output * p[at.STRIDE] + q[at.FIRST_ROW]
+                rows = inside(top, q[at.POOL_HEIGHT], p[at.ROWS])
+                if rows != seen:
+                    share_out(p, q, rows, shares)
+                    seen = rows
+                begin = (max(top, 0) - first) * pitch + p[at.LEFT] * pixel + channel * size
+                # fmt: off
+                run(
+                    kind, q[at.MAXIMUM], held + begin, pitch, rows, pixel,
+                    p[at.COLUMNS], p[at.CHANNELS] - channel, row + p[at.LEFT] * LINE,
+                    row + q[at.FIRST_COLUMN] * LINE, across * LINE, q[at.POOL_WIDTH], shares,
+                    p[at.TARGET_COLUMNS], place + output * p[at.STRIDE] * pitch, across * pixel,
                 )
-            if not q[at.MAXIMUM]:
-                across = line(made, length, np.float32)
-                for i in range(length):
-                    across[i] *= shares[i]
-        for o in range(p[at.BLOCK_ROWS]):
-            top = o * p[at.STRIDE] + q[at.FIRST_ROW]
-            seen = 0
-            for r in range(top, top + q[at.POOL_HEIGHT]):
-                if 0 <= first + r < p[at.ROWS]:
-                    combine(column, lines + r * width * 4, length, seen, q[at.MAXIMUM])
-                    seen += 1
-            share = np.float32(1) if q[at.MAXIMUM] else np.float32(1) / np.float32(max(1, seen))
-            place = (
-                held + (o * p[at.STRIDE] * p[at.HELD_COLUMNS] * p[at.WIDTH] + q[at.PLACE]) * size
-            )
-            step = q[at.COLUMN_STRIDE]
-            for x in range(p[at.TARGET_COLUMNS]):
-                down = column + x * step * pooled * 4
-                write(place + x * step * p[at.WIDTH] * size, down, pooled, share)
+                # fmt: on
 
     @njit
-    def all_pools(p, source, held, first, scratch):
-        """All pooled runs of all images of a block."""
+    def all_pools(p, held, first, scratch):
+        """All pooled runs of all images of a block, which holds their channels already."""
         for image in range(p[at.GROUP]):
-            here = source + image * p[at.ROWS] * p[at.COLUMNS] * p[at.CHANNELS] * size
             there = held + image * p[at.HELD_ROWS] * p[at.HELD_COLUMNS] * p[at.WIDTH] * size
             for run in range(p[at.POOL_COUNT]):
                 q = line(p[at.POOLS] + run * at.POOL * 8, at.POOL, np.int64)
-                pool(p, q, here, there, first, scratch)
+                pool(p, q, there, first, scratch)
 
     return all_pools
 
 
 @njit
-def combine(target, source, length, seen, maximum):
-    """Make `target` the first row itself, then maxima (where a NaN stays) or sums."""
-    made, read = line(target, length, np.float32), line(source, length, np.float32)
-    if seen == 0:
-        for i in range(length):
-            made[i] = read[i]
+def run(
+    kind, maximum, source, pitch, rows, pixel, columns, channels, row,
+    first, step, width, shares, windows, target, place,
+):  # fmt: skip
+    """One row of windows: what `rows` rows have, then across these."""
+    if rows == 0:
+        line(row, columns * LANES, np.float32)[:] = _NONE if maximum else _ZERO
     elif maximum:
-        for i in range(length):
-            new, old = read[i], made[i]
-            made[i] = new if (new > old) | (new != new) else old
+        maxima_down(kind, source, pitch, rows, pixel, columns, channels, row)
     else:
-        for i in range(length):
-            made[i] += read[i]
+        sums_down(kind, source, pitch, rows, pixel, columns, channels, row)
+    if maximum:
+        maxima_across(kind, first, step, width, shares, windows, target, place)
+    else:
+        sums_across(kind, first, step, width, shares, windows, target, place)
+
+
+@njit
+def share_out(p, q, rows, shares):
+    """What each pixel of a window has of its average, where `rows` of its rows are inside."""
+    made = line(shares, p[at.TARGET_COLUMNS], np.float32)
+    for x in range(p[at.TARGET_COLUMNS]):
+        left = x * q[at.COLUMN_STRIDE] - p[at.LEFT] + q[at.FIRST_COLUMN]
+        pixels = rows * inside(left, q[at.POOL_WIDTH], p[at.COLUMNS])
+        made[x] = np.float32(1) / np.float32(max(1, pixels))
 
 
 @njit

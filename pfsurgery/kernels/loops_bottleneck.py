@@ -13,6 +13,7 @@ from pfsurgery.kernels import bottleneck_arguments as at
 from pfsurgery.kernels.loops_base import address, line, take
 from pfsurgery.kernels.loops_blocks import blocks, hold, pools
 from pfsurgery.kernels.loops_product import product
+from pfsurgery.kernels.vectors import FLOAT32
 
 _NONE = np.float32(-np.inf)
 
@@ -34,19 +35,7 @@ def fill(p, source, held, first):
     # fmt: on
 
 
-@njit
-def read(pixel, place):
-    return line(pixel, place + 1, np.float32)[place]
-
-
-@njit
-def write(target, source, count, share):
-    made, found = line(target, count, np.float32), line(source, count, np.float32)
-    for c in range(count):
-        made[c] = found[c] * share
-
-
-all_pools = pools(4, read, write)
+all_pools = pools(4, FLOAT32)
 
 
 @njit
@@ -57,7 +46,7 @@ def block(p, source, target, first_output, scratch):
     else:
         held = scratch
         fill(p, source, held, first)
-    all_pools(p, source, held, first, scratch + p[at.POOL_SCRATCH])
+    all_pools(p, held, first, scratch + p[at.POOL_SCRATCH])
     positions = p[at.GROUP] * p[at.BLOCK_ROWS] * p[at.TARGET_COLUMNS]
     low = np.float32(0) if p[at.RELU] else _NONE
     made = target + first_output * p[at.TARGET_COLUMNS] * p[at.OUTPUTS] * 4

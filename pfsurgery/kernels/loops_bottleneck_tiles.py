@@ -9,6 +9,7 @@ from pfsurgery.kernels import bottleneck_arguments as at
 from pfsurgery.kernels.loops_base import address, line, take
 from pfsurgery.kernels.loops_blocks import blocks, hold, pools
 from pfsurgery.kernels.loops_tiles import configure, product, restore
+from pfsurgery.kernels.vectors import BFLOAT16
 
 _LOW = np.float32(-np.inf)
 _ALL = np.int64(1) << 62  # behind every place: all results are written
@@ -34,24 +35,7 @@ def fill(p, source, held, first, sums):
     )  # fmt: skip
 
 
-@njit
-def read(pixel, place):
-    bits = np.uint32(line(pixel, place + 1, np.uint16)[place]) << np.uint32(16)
-    return np.uint32(bits).view(np.float32)
-
-
-@njit
-def write(target, source, count, share):
-    made, found = line(target, count, np.uint16), line(source, count, np.float32)
-    for c in range(count):
-        value = np.float32(found[c] * share)
-        bits = value.view(np.uint32)
-        even = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-        rounded = np.uint16((bits + even) >> np.uint32(16))
-        made[c] = rounded if value == value else np.uint16(0x7FC0)
-
-
-all_pools = pools(2, read, write)
+all_pools = pools(2, BFLOAT16)
 
 
 @njit
@@ -59,7 +43,7 @@ def block(p, source, target, first_output, scratch):
     sums = scratch + p[at.SUMS_SCRATCH]
     first = first_output * p[at.STRIDE] - p[at.TOP]
     fill(p, source, scratch, first, sums)
-    all_pools(p, source, scratch, first, scratch + p[at.POOL_SCRATCH])
+    all_pools(p, scratch, first, scratch + p[at.POOL_SCRATCH])
     low = np.float32(0) if p[at.RELU] else _LOW
     made = target + first_output * p[at.TARGET_COLUMNS] * p[at.OUTPUTS] * 2
     step = p[at.COLUMN_STEP]
