@@ -23,17 +23,17 @@ from pfsurgery.kernels.vectors import LANES, SIZE
 _NONE, _ZERO = np.float32(-np.inf), np.float32(0)
 
 
-def blocks(size, block):
+def blocks(size, block, clear):
     """All blocks of all images of numbers of `size` bytes, one by one, until none is left.
 
-    Of small images a block holds several whole ones.
+    Of small images a block holds several whole ones. `clear` zeroes once what `block` does not
+    write, as far as it is read.
     """
 
     @njit
     def all_blocks(data, p, scratch):
         if p[at.FILL] != at.IN_PLACE:
-            held = p[at.HELD_ROWS] * p[at.HELD_COLUMNS] * p[at.WIDTH] * size
-            zero(scratch, p[at.GROUP] * held)
+            clear(p, scratch, size)
         pixels, made = p[at.ROWS] * p[at.COLUMNS], p[at.TARGET_ROWS] * p[at.TARGET_COLUMNS]
         while True:
             unit = take(data)
@@ -53,6 +53,23 @@ def blocks(size, block):
 @njit
 def zero(target, count):
     line(target, count, np.uint8)[:] = 0
+
+
+@njit
+def clear_all(p, held, size):
+    """Zero all that a block's images hold."""
+    zero(held, p[at.GROUP] * p[at.HELD_ROWS] * p[at.HELD_COLUMNS] * p[at.WIDTH] * size)
+
+
+@njit
+def clear_sides(p, held, size):
+    """Zero the padding on the left and on the right of a block's images."""
+    pixel = p[at.WIDTH] * size
+    right = p[at.LEFT] + p[at.COLUMNS]
+    for _ in range(p[at.GROUP] * p[at.HELD_ROWS]):
+        zero(held, p[at.LEFT] * pixel)
+        zero(held + right * pixel, (p[at.HELD_COLUMNS] - right) * pixel)
+        held += p[at.HELD_COLUMNS] * pixel
 
 
 @njit

@@ -11,7 +11,7 @@ from numba import njit
 
 from pfsurgery.kernels import bottleneck_arguments as at
 from pfsurgery.kernels.loops_base import address, line, take
-from pfsurgery.kernels.loops_blocks import blocks, hold, pools
+from pfsurgery.kernels.loops_blocks import blocks, clear_sides, hold, pools
 from pfsurgery.kernels.loops_product import product
 from pfsurgery.kernels.vectors import FLOAT32
 
@@ -69,7 +69,7 @@ def block(p, source, target, first_output, scratch):
     # fmt: on
 
 
-all_blocks = blocks(4, block)
+all_blocks = blocks(4, block, clear_sides)
 
 
 @njit

@@ -7,7 +7,7 @@ from numba import njit
 
 from pfsurgery.kernels import bottleneck_arguments as at
 from pfsurgery.kernels.loops_base import address, line, take
-from pfsurgery.kernels.loops_blocks import blocks, hold, pools
+from pfsurgery.kernels.loops_blocks import blocks, clear_all, hold, pools
 from pfsurgery.kernels.loops_tiles import configure, product, restore
 from pfsurgery.kernels.vectors import BFLOAT16
 
@@ -80,7 +80,7 @@ def shape(target):
         made[48 + tile] = at.TILE_ROWS
 
 
-all_blocks = blocks(2, block)
+all_blocks = blocks(2, block, clear_all)
 
 
 @njit
