@@ -284,6 +284,26 @@ def test_gradients_of_the_usual_window_are_bit_equal_too(x):
     assert torch.equal(*gradients)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels", [16, 33])
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (6, 1), (2, 2), (7, 5), (8, 12)])
+def test_gradients_go_to_the_taps_that_aten_picks(size, channels, dtype):
+    """Of equal numbers the first, and the last NaN, also beside the padding of many channels."""
+    rows, columns = size
+    x = torch.randn(-(-ENOUGH // (channels * rows * columns)), channels, rows, columns).round()
+    x[torch.rand_like(x) < 0.1] = -torch.inf
+    x[: len(x) // 2][torch.rand_like(x[: len(x) // 2]) < 0.1] = torch.nan
+    x = x.to(dtype, memory_format=torch.channels_last)
+    weights = torch.randint(-8, 9, x.shape).to(dtype)  # whose sums are exact
+    found = []
+    for stock in (False, True):
+        leaf = x.clone().requires_grad_()
+        with disabled() if stock else nullcontext():
+            made = MaxPool(SAME)(leaf)
+        found.append(torch.autograd.grad(made, leaf, weights)[0])
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("tracked", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_signed_zeros_are_those_of_the_first_tap(layout, tracked):

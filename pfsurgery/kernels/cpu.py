@@ -121,9 +121,7 @@ def _mixing(
     module = "loops"
     if near and step >= _VECTOR:
         module, form = "loops_near", "near"
-        shares = -(-4 * workers // max(1, count))
-        group = 2 * -(-down.size // (2 * shares))
-        units = count * -(-down.size // group)
+        group, units = _pairs(count, down.size, workers)
     elif near:
         module, form = "loops_flat", "flat"
         group = _share(across.size * step, count * down.size, _HELD, workers)
@@ -147,6 +145,10 @@ def _naming(
 ) -> _Work:
     """Maxima with the taps that they came from."""
     if _is_near(dtype, step, down, across):
+        if step >= _VECTOR:
+            group, units = _pairs(count, down.size, workers)
+            kernel = compiled("loops_near_picks", f"picks_near_{_name(dtype)}")
+            return _Work(kernel, units, count, step, group)
         group = _share(across.size * step, count * down.size, _HELD, workers)
         kernel = compiled("loops_flat", f"picks_flat_{_name(dtype)}")
         return _Work(kernel, -(-count * down.size // group), count, step, group)
@@ -161,8 +163,11 @@ def _asking(
 ) -> _Work:
     """The gradient of maxima, by the names of their taps."""
     if down.stride == across.stride == 1:
-        near = _is_near(dtype, step, down, across)
-        module, entry = ("loops_flat", "gathers_flat") if near else ("loops_max", "gathers")
+        module, entry = "loops_max", "gathers"
+        if _is_near(dtype, step, down, across):
+            wide = step >= _VECTOR
+            module = "loops_near_picks" if wide else "loops_flat"
+            entry = "gathers_near" if wide else "gathers_flat"
         group = _share(across.size * step, count * down.size, _ROWS, workers)
         kernel = compiled(module, f"{entry}_{_name(dtype)}")
         return _Work(kernel, -(-count * down.size // group), count, step, group)
@@ -208,6 +213,13 @@ def _are_offsets(groups: tuple[Group, ...]) -> bool:
 @lru_cache(maxsize=1024)
 def _table(groups: tuple[Group, ...]) -> Tensor:
     return torch.tensor([[end, down.address, across.address] for end, down, across in groups])
+
+
+def _pairs(images: int, rows: int, workers: int) -> tuple[int, int]:
+    """Rows of an image for one unit, an even number, and how many units there are."""
+    shares = -(-4 * workers // max(1, images))
+    group = 2 * -(-rows // (2 * shares))
+    return group, images * -(-rows // group)
 
 
 def _share(width: int, rows: int, numbers: int, workers: int) -> int:

@@ -25,6 +25,7 @@ from pfsurgery.kernels.vectors import (
     Rule,
     any_lane,
     at,
+    better,
     bytes_of,
     first_lanes,
     larger,
@@ -76,7 +77,7 @@ class _Places:
         builder.store(builder.select(smaller, moved, back), self._here)
 
 
-def _for_vectors(builder: Any, length: Any, step: Any) -> None:
+def for_vectors(builder: Any, length: Any, step: Any) -> None:
     """`step(offset, mask)` of each whole vector, without a mask, and of the rest."""
     lanes = ir.Constant(INTEGER, LANES)
     whole = builder.udiv(length, lanes)
@@ -162,7 +163,7 @@ def _along(rule: Rule) -> Any:
                 store_numbers(builder, made_kind, made, there, mask)
                 places.move()
 
-            _for_vectors(builder, length, step)
+            for_vectors(builder, length, step)
             return any_lane(builder, builder.load(found))
 
         return types.int64(kind, made_kind, *[types.int64] * 7), generate
@@ -199,10 +200,6 @@ def _naming(inner: bool) -> Any:
             places, reach = _Places(builder, start, period), _bytes(builder, kind, pitch)
             scale = 3 if inner else 1
 
-            def better(old: Any, new: Any) -> Any:
-                larger = builder.fcmp_ordered(">", new, old)
-                return builder.or_(larger, builder.fcmp_unordered("uno", new, new))
-
             def name(tap: int, address: Any) -> Any:
                 own = _constant(scale * tap)
                 return builder.add(own, load_bytes(builder, address, _PLACES)) if inner else own
@@ -215,14 +212,14 @@ def _naming(inner: bool) -> Any:
                 a = load_numbers(builder, kind, builder.sub(middle, reach), before)
                 b = load_numbers(builder, kind, middle, mask)
                 c = load_numbers(builder, kind, builder.add(middle, reach), behind)
-                second = builder.or_(better(a, b), builder.not_(before))
+                second = builder.or_(better(builder, "careful", a, b), builder.not_(before))
                 best = builder.select(second, b, a)
                 tap = builder.select(
                     second,
                     name(1, middle_name),
                     name(0, builder.sub(middle_name, pitch)),
                 )
-                third = builder.and_(better(best, c), behind)
+                third = builder.and_(better(builder, "careful", best, c), behind)
                 best = builder.select(third, c, best)
                 tap = builder.select(third, name(2, builder.add(middle_name, pitch)), tap)
                 there = builder.add(target, _bytes(builder, made_kind, done))
@@ -230,7 +227,7 @@ def _naming(inner: bool) -> Any:
                 store_bytes(builder, tap, builder.add(target_names, done), mask)
                 places.move()
 
-            _for_vectors(builder, length, step)
+            for_vectors(builder, length, step)
             return ir.Constant(INTEGER, 0)
 
         return types.int64(kind, made_kind, *[types.int64] * 8), generate
@@ -296,7 +293,7 @@ def asked(
         with builder.if_else(inside) as branches:
             for branch, checked in zip(branches, (False, True), strict=True):
                 with branch:
-                    _for_vectors(builder, length, partial(add, checked=checked))
+                    for_vectors(builder, length, partial(add, checked=checked))
         return ir.Constant(INTEGER, 0)
 
     return types.int64(kind, *[types.int64] * 8), generate
@@ -332,7 +329,7 @@ def moved(
             columns.move()
             pixels.move()
 
-        _for_vectors(builder, length, step)
+        for_vectors(builder, length, step)
         return zero
 
     return types.int64(kind, *[types.int64] * 7), generate

@@ -26,7 +26,7 @@ INTEGER, INDEX, FLOAT, BYTE = ir.IntType(64), ir.IntType(32), ir.FloatType(), ir
 VECTOR = ir.VectorType(FLOAT, LANES)
 SIZE = 4  # bytes of a number
 _MASK = ir.VectorType(ir.IntType(1), LANES)
-_BYTES = ir.VectorType(BYTE, LANES)
+BYTES = ir.VectorType(BYTE, LANES)
 _SHORTS = ir.VectorType(ir.IntType(16), LANES)
 _HALVES = ir.VectorType(ir.HalfType(), LANES)
 _INTEGERS = ir.VectorType(INDEX, LANES)
@@ -161,20 +161,25 @@ def _upper_half(builder: Any, value: Any) -> Any:
 
 def load_bytes(builder: Any, address: Any, kind: Any, mask: Any = None) -> Any:
     """Bytes at an address as a vector of larger integers."""
-    return builder.zext(load(builder, address, 0, mask, kind=_BYTES), kind)
+    return builder.zext(load(builder, address, 0, mask, kind=BYTES), kind)
 
 
 def store_bytes(builder: Any, value: Any, address: Any, mask: Any = None) -> None:
     """Write the low byte of each lane."""
-    store(builder, builder.trunc(value, _BYTES), address, 0, mask)
+    store(builder, builder.trunc(value, BYTES), address, 0, mask)
 
 
 def larger(builder: Any, rule: Rule, old: Any, new: Any) -> Any:
     """The larger of two: of equal ones the first; "careful" lets the last NaN win, as ATen does."""
-    better = builder.fcmp_ordered(">", new, old)
+    return builder.select(better(builder, rule, old, new), new, old)
+
+
+def better(builder: Any, rule: Rule, old: Any, new: Any) -> Any:
+    """Lanes in which `larger` takes the new one."""
+    more = builder.fcmp_ordered(">", new, old)
     if rule == "careful":
-        better = builder.or_(better, builder.fcmp_unordered("uno", new, new))
-    return builder.select(better, new, old)
+        more = builder.or_(more, builder.fcmp_unordered("uno", new, new))
+    return more
 
 
 def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
