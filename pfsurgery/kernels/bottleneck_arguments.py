@@ -1,7 +1,6 @@
 """What the loops of bottlenecks are told, and where: shared with modules that import no Numba.
 
-Numba's cache on disk does not notice a change here: who makes one touches `loops_bottleneck` and
-`loops_bottleneck_tiles` too.
+Numba's cache on disk does not notice a change here, see CONTRIBUTING.md.
 """
 
 # Places in the block of 64-bit integers that the entry point reads its arguments from. The first

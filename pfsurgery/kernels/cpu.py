@@ -70,14 +70,12 @@ def max_pool_with_names(x: Tensor, down: Axis, across: Axis) -> tuple[Tensor, Te
     return out, names
 
 
-def max_pool_gradient(
-    gradient: Tensor, names: Tensor, size: torch.Size, down: Axis, across: Axis
-) -> Tensor:
+def max_pool_gradient(gradient: Tensor, names: Tensor, down: Axis, across: Axis) -> Tensor:
     """Gradient (N, C, H, W) of the input of `max_pool_with_names`."""
     last, plain = not names.is_contiguous(), gradient.is_contiguous()
     layout = torch.channels_last if last else torch.contiguous_format
     gradient = gradient.contiguous(memory_format=layout)
-    out = torch.empty(size, dtype=gradient.dtype, memory_format=layout)
+    out = empty(names, down.size, across.size, gradient.dtype)
     work = _asking(*images(out), out.dtype, down, across, threads())
     _launch(work, gradient, out, names, down, across)
     return out.contiguous() if plain else out

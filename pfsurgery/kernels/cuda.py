@@ -135,9 +135,7 @@ def max_pool_with_names(x: Tensor, down: Axis, across: Axis) -> tuple[Tensor, Te
     return _max(x, names, down, across), names
 
 
-def max_pool_gradient(
-    gradient: Tensor, names: Tensor, size: torch.Size, down: Axis, across: Axis
-) -> Tensor:
+def max_pool_gradient(gradient: Tensor, names: Tensor, down: Axis, across: Axis) -> Tensor:
     """Gradient (N, C, H, W) of the input of `max_pool_with_names`."""
     layout = torch.contiguous_format if names.is_contiguous() else torch.channels_last
     gradient = gradient.contiguous(memory_format=layout)

@@ -53,7 +53,7 @@ class _MaxPool(Function):
         out: Tensor
         out, names = _backend(x).max_pool_with_names(x, down, across)
         ctx.save_for_backward(names)
-        ctx.size, ctx.axes = x.shape, (down, across)
+        ctx.axes = down, across
         return out
 
     @staticmethod
@@ -62,17 +62,15 @@ class _MaxPool(Function):
         pull = _backend(gradient).max_pool_gradient
         if is_tracked(gradient):
             pull = _MaxPoolGradient.apply
-        return pull(gradient, names, ctx.size, *ctx.axes), None, None
+        return pull(gradient, names, *ctx.axes), None, None
 
 
 class _MaxPoolGradient(Function):
     @staticmethod
-    def forward(
-        ctx: Any, gradient: Tensor, names: Tensor, size: torch.Size, down: Axis, across: Axis
-    ) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, names: Tensor, down: Axis, across: Axis) -> Tensor:
         ctx.save_for_backward(names)
         ctx.axes = down, across
-        made: Tensor = _backend(gradient).max_pool_gradient(gradient, names, size, down, across)
+        made: Tensor = _backend(gradient).max_pool_gradient(gradient, names, down, across)
         return made
 
     @staticmethod
@@ -86,7 +84,7 @@ class _MaxPoolGradient(Function):
         columns = columns - across.padding + names.long() % across.kernel_size * across.dilation
         places = (rows * across.size + columns).flatten(2)
         read = gradient.flatten(2).gather(2, places).reshape(names.shape)
-        return read, None, None, None, None
+        return read, None, None, None
 
 
 class _WeightedSum(Function):

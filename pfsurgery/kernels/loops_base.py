@@ -4,8 +4,7 @@ Arrays are addresses here, so that a tap of a window is the same row at another 
 is `ROWS` x `COLUMNS` pixels of `STEP` numbers side by side: the channels of a channels_last
 tensor, or one number where each plane of an NCHW tensor counts as an image of its own.
 
-Numba's cache on disk notices changes of the file with the entry points only: who changes this one
-has to touch the others.
+Numba's cache on disk does not notice a change here, see CONTRIBUTING.md.
 """
 
 from __future__ import annotations

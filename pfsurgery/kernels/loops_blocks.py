@@ -1,7 +1,6 @@
 """What bottlenecks of all kinds of numbers have in common: blocks of rows, their borders, pools.
 
-Numba's cache on disk notices changes of the files with entry points only: who changes this one has
-to touch `loops_bottleneck` and `loops_bottleneck_tiles`.
+Numba's cache on disk does not notice a change here, see CONTRIBUTING.md.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ from pfsurgery.kernels.loops_base import (
     line,
     take,
 )
+from pfsurgery.kernels.loops_passes import for_vectors
 from pfsurgery.kernels.vectors import (
     BFLOAT16,
     FLOAT,
@@ -48,7 +49,6 @@ from pfsurgery.kernels.vectors import (
     any_lane,
     at,
     bytes_of,
-    first_lanes,
     larger,
     load_numbers,
     multiply_add,
@@ -100,7 +100,8 @@ def _two_rows(rule: Rule) -> Any:
                 made = multiply_add(builder, numbers[1], of[1], made)
                 return multiply_add(builder, numbers[2], of[2], made)
 
-            def step(place: Any, mask: Any) -> None:
+            def step(done: Any, mask: Any) -> None:
+                place = builder.mul(done, ir.Constant(INTEGER, size))
                 across = []
                 for row in rows:
                     middle = builder.add(row, place)
@@ -118,14 +119,7 @@ def _two_rows(rule: Rule) -> Any:
                 store_numbers(builder, kind, made[0], builder.add(targets[1], place), mask)
                 store_numbers(builder, kind, made[1], builder.add(targets[0], place), mask)
 
-            lanes = ir.Constant(INTEGER, LANES)
-            whole = builder.udiv(length, lanes)
-            with cgutils.for_range(builder, whole, intp=INTEGER) as loop:
-                step(builder.mul(loop.index, ir.Constant(INTEGER, LANES * size)), None)
-            done = builder.mul(whole, lanes)
-            rest = builder.sub(length, done)
-            with builder.if_then(builder.icmp_signed(">", rest, ir.Constant(INTEGER, 0))):
-                step(builder.mul(done, ir.Constant(INTEGER, size)), first_lanes(builder, rest))
+            for_vectors(builder, length, step)
             return any_lane(builder, builder.load(found))
 
         return types.int64(kind, *[types.int64] * 10), generate
@@ -170,11 +164,9 @@ def pair(weighted, careful, kind, p, source, target, y, weights):
     first, second = target + y * pitch, target + then * pitch
     at_weights = np.int64(weights.ctypes.data)
     found = np.int64(0)
-    for part in range(3):
-        begin, end = (0, 1) if part == 0 else (1, columns - 1)
-        if part == 2:
-            begin, end = columns - 1, columns
-        if begin >= end or (part == 2 and columns == 1):
+    last = max(1, columns - 1)
+    for begin, end in ((0, 1), (1, last), (last, columns)):
+        if begin >= end:
             continue
         if weighted is not None:
             split(p[ACROSS], begin, weights[:3])

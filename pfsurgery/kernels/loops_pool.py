@@ -3,8 +3,7 @@
 A pooled column is computed with all channels of the vectors that hold any of its run's, wanted or
 not: that takes a fraction of the time in which scattered channels are put side by side.
 
-Numba's cache on disk notices changes of the file with the entry point only: who changes this one
-has to touch `loops_bottleneck` and `loops_bottleneck_tiles`.
+Numba's cache on disk does not notice a change here, see CONTRIBUTING.md.
 """
 
 from __future__ import annotations
@@ -74,9 +73,9 @@ def _window(
 def _down(rule: Rule) -> Any:
     """One row of windows, `rows` high and a pixel wide, of the first `channels` of a vector.
 
-    The function takes the kind of the numbers, the address of the uppermost row's first pixel, how
-    far rows and pixels are from each other in bytes, how many pixels there are, and the address of
-    the results, float32 and a vector for each pixel.
+    The function takes the kind of the numbers, the address of the uppermost row's first pixel,
+    bytes from one row to the next, `rows`, bytes from one pixel to the next, how many pixels there
+    are, `channels`, and the address of the results, float32 and a vector for each pixel.
     """
 
     @intrinsic

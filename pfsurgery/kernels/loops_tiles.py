@@ -5,8 +5,7 @@ weights, or 16 x 16 sums in float32. So the left side is read in chunks of 32 nu
 by side near a position, and 16 positions at a time whose distances are equal; what lies in between
 without being wanted is multiplied by zeros or not written.
 
-Numba's cache on disk notices changes of the file with the entry point only: who changes this one
-has to touch `loops_bottleneck_tiles`.
+Numba's cache on disk does not notice a change here, see CONTRIBUTING.md.
 """
 
 from __future__ import annotations
