@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import TypeVar
 
 import torch
@@ -43,11 +44,20 @@ def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
     get_module(model, parent_path)._modules[name] = module
 
 
+def set_at(model: nn.Module, paths: Iterable[str], module: nn.Module) -> None:
+    """Put one module at several paths.
+
+    Raises:
+        RecordMismatchError: There is no module at one of them.
+    """
+    for path in paths:
+        set_module(model, path, module)
+
+
 def replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put `new`, in the mode of `old`, at all paths at which `model` holds `old`."""
     new.train(old.training)
-    for path in paths_of(model, old):
-        set_module(model, path, new)
+    set_at(model, paths_of(model, old), new)
 
 
 def paths_of(model: nn.Module, module: nn.Module) -> list[str]:

@@ -88,7 +88,7 @@ class Structure:
         return width * self.waist + self.waist * geometry.out_channels
 
     def __str__(self) -> str:
-        """For example `thin 64>12>20>64` or `columns 96 (tap 80, average 16)`."""
+        """For example `thin 12>20` or `columns 96 (tap 80, average 16)`."""
         if self.dense:
             return f"{self.form} {'>'.join(str(w) for w in (self.reduce, self.waist) if w)}"
         kinds = Counter[str]()

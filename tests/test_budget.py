@@ -24,11 +24,12 @@ from pfsurgery.measure import count
 from pfsurgery.ops.bottleneck import Bottleneck
 from pfsurgery.ops.columns import Columns
 from pfsurgery.recover import refit_layers
-from pfsurgery.recover.columns import column_planes, operations
+from pfsurgery.recover.columns import operations
 from pfsurgery.recover.target import site_window
 from pfsurgery.sites import Geometry, Site
 from pfsurgery.structure import Run
 from tests import zoo
+from tests.columns import column_planes
 
 
 class Net(nn.Module):

@@ -7,12 +7,13 @@ from pfsurgery.recover.channels import ChannelSums
 from pfsurgery.recover.columns import (
     Operation,
     Window,
-    column_planes,
+    centre_of,
     column_rows,
     kernel_columns,
     operations,
 )
 from pfsurgery.recover.gram import MomentSum, sample_positions
+from tests.columns import column_planes
 
 WINDOWS = [
     Window((3, 3), padding=(1, 1, 1, 1)),
@@ -151,3 +152,10 @@ def test_no_positions_and_wrong_shapes_are_errors() -> None:
         MomentSum(3).result()
     with pytest.raises(DataError, match="do not fit"):
         MomentSum(3, 1).add(torch.zeros(5, 3), torch.zeros(4, 1))
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+def test_the_centre_is_the_channel_itself(window: Window) -> None:
+    ops = operations(window, reach=max(window.kernel_size) // 2)
+    centre = ops[centre_of(ops)]
+    assert centre == Operation("tap", *((size - 1) // 2 for size in window.kernel_size))

@@ -5,8 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pfsurgery.recover.columns import Window, column_rows, kernel_columns, operations
-from pfsurgery.recover.fit import Fit, apply_fit, effective_kernel, refit_expansion
+from pfsurgery.recover.columns import (
+    Window,
+    centre_of,
+    column_rows,
+    kernel_columns,
+    operations,
+)
+from pfsurgery.recover.fit import Fit, effective_kernel, refit_expansion
 from pfsurgery.recover.fit_bottleneck import fit_bottleneck, fit_mixed, fit_thin, narrowed
 from pfsurgery.recover.fit_columns import (
     column_curve,
@@ -19,6 +25,7 @@ from pfsurgery.recover.gram import Moments, MomentSum
 from pfsurgery.recover.linalg import cholesky, principal, ridge_gcv
 from pfsurgery.recover.options import PARAMETER_FREE, fit_option, site_moments, site_options
 from pfsurgery.recover.problem import Problem, prepare
+from tests.columns import apply_fit
 
 WINDOW = Window((3, 3), padding=(1, 1, 1, 1))
 OPS = operations(WINDOW)
@@ -196,7 +203,7 @@ def test_bare_finds_the_operation_of_every_channel(images: Tensor) -> None:
     middle = columns[:, wanted, torch.arange(12)]
     weight = torch.randn(16, 12, generator=torch.Generator().manual_seed(3))
     y = (middle @ weight.T).view(24, 9, 9, 16).permute(0, 3, 1, 2)
-    fit = fit_bare(moments_of(images, y), torch.ones(16).double(), len(OPS))
+    fit = fit_bare(moments_of(images, y), torch.ones(16).double(), len(OPS), centre_of(OPS))
     assert fit.ops.tolist() == wanted.tolist()
     torch.testing.assert_close(apply_fit(fit, images, WINDOW, OPS), y, atol=1e-4, rtol=1e-4)
 
@@ -219,7 +226,7 @@ def all_fits(moments: Moments, weights: Tensor) -> list[Fit]:
         fit_bottleneck(problem, 8),
         fit_thin(problem, 4, 3),
         fit_mixed(problem, 4, 12, 3),
-        fit_bare(moments, weights, len(OPS)),
+        fit_bare(moments, weights, len(OPS), centre_of(OPS)),
     ]
 
 

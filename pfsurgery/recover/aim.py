@@ -19,7 +19,14 @@ from pfsurgery.sites import Site
 
 @dataclass(frozen=True, slots=True)
 class Aim:
-    """A site, what it becomes, and the layer whose output is then to be as it was."""
+    """A site, what it becomes, and the layer whose output is then to be as it was.
+
+    Attributes:
+        site: The site.
+        option: What it becomes.
+        layer: Path of the layer: the site itself, or the pointwise one behind a bare site.
+        how: How the layer's output counts.
+    """
 
     site: Site
     option: Option

@@ -26,15 +26,10 @@ def op_of(structure: Structure) -> str:
 def structure_of(fit: Fit, ops: Sequence[Operation]) -> Structure:
     """The widths and columns of a fit."""
     dense = fit.form in ("thin", "low_rank")
-    runs = []
-    for place, op in enumerate(ops):
-        channels = tuple(fit.channels[fit.ops == place].tolist())
-        if channels and not dense:
-            runs.append(Run(op.kind, op.top, op.left, op.height, op.width, channels))
     return Structure(
         form=fit.form,
         reduce=None if fit.reduce is None else len(fit.reduce),
-        runs=tuple(runs),
+        runs=() if dense else _runs(fit.ops, fit.channels, ops),
         waist=None if fit.waist is None else len(fit.waist),
         error=round(fit.error, 6),
     )
@@ -48,12 +43,18 @@ def bare_structure(chosen: Tensor, ops: Sequence[Operation], error: float = 0.0)
         ops: The operations.
         error: Relative error behind the pointwise layer that follows.
     """
-    runs = []
+    runs = _runs(chosen, torch.arange(len(chosen)), ops)
+    return Structure("bare", None, runs, None, round(error, 6))
+
+
+def _runs(chosen: Tensor, channels: Tensor, ops: Sequence[Operation]) -> tuple[Run, ...]:
+    """The columns by operation; `chosen` is each one's operation, (B,)."""
+    found = []
     for place, op in enumerate(ops):
-        channels = tuple((chosen == place).nonzero().flatten().tolist())
-        if channels:
-            runs.append(Run(op.kind, op.top, op.left, op.height, op.width, channels))
-    return Structure("bare", None, tuple(runs), None, round(error, 6))
+        mine = tuple(channels[chosen == place].tolist())
+        if mine:
+            found.append(Run(op.kind, op.top, op.left, op.height, op.width, mine))
+    return tuple(found)
 
 
 @torch.no_grad()

@@ -63,6 +63,9 @@ def capture(
         calls: How often each module is called, once if not said; calls are concatenated along the
             batch.
         take: What to keep of a key's tensor; it is called as soon as the tensor was seen.
+
+    Raises:
+        UnsupportedSiteError: A module is called with images of several sizes.
     """
     calls = calls or dict.fromkeys(wanted, 1)
     seen: dict[str, list[Tensor]] = {key: [] for key in wanted}

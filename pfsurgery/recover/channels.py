@@ -13,7 +13,7 @@ from pfsurgery.errors import DataError
 from pfsurgery.recover.capture import capture, first_of, run_watched
 from pfsurgery.recover.columns import Operation, Reader, Window
 from pfsurgery.recover.front import Front
-from pfsurgery.recover.gram import sample_positions
+from pfsurgery.recover.gram import Positions
 from pfsurgery.recover.readout import site_readout
 from pfsurgery.recover.target import POSITIONS, site_operations, site_window
 from pfsurgery.sites import Site
@@ -136,11 +136,10 @@ def channel_fits(
 ) -> dict[str, ChannelFit]:
     """The best operation for each channel of depthwise sites, in one pass over the images."""
     sums = {s.name: ChannelSums(len(site_operations(s)), s.geometry.in_channels) for s in sites}
-    generator = torch.Generator().manual_seed(0)
-    images = sum(len(batch) for batch in batches)
+    positions = Positions(sum(len(batch) for batch in batches), POSITIONS)
 
     def add(site: Site, x: Tensor, y: Tensor) -> None:
-        _add_channels(sums[site.name], site, x, y, images, generator)
+        _add_channels(sums[site.name], site, x, y, positions)
 
     hooks = [
         model.get_submodule(site.name).register_forward_hook(
@@ -156,19 +155,17 @@ def channel_fits(
 def channel_refit(teacher: nn.Module, front: Front, site: Site) -> ChannelFit:
     """The best operation for each channel, with inputs from the edited network."""
     sums = ChannelSums(len(site_operations(site)), site.geometry.in_channels)
-    generator = torch.Generator().manual_seed(0)
-    images = sum(len(batch) for batch in front.batches)
+    positions = Positions(sum(len(batch) for batch in front.batches), POSITIONS)
     read = front.captures(site.name, {"x": (site.name, "input")})
     for batch, made in zip(front.batches, read, strict=True):
         y = capture(teacher, batch, {"y": (site.name, "output")})["y"]
-        _add_channels(sums, site, made["x"], y, images, generator)
+        _add_channels(sums, site, made["x"], y, positions)
     return sums.fit(site_readout(teacher, site).weights)
 
 
 def _add_channels(
-    sums: ChannelSums, site: Site, x: Tensor, y: Tensor, images: int, generator: torch.Generator
+    sums: ChannelSums, site: Site, x: Tensor, y: Tensor, positions: Positions
 ) -> None:
-    number = len(y) * y.shape[2] * y.shape[3]
-    chosen = sample_positions(number, max(1, round(POSITIONS * len(x) / images)), generator)
+    chosen = positions(len(x), len(y) * y.shape[2] * y.shape[3])
     where = None if chosen is None else chosen.to(x.device)
     sums.add(x, y, site_window(site), site_operations(site), where)

@@ -36,7 +36,11 @@ class Window:
     dilation: tuple[int, ...] = (1, 1)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the output for an input of `height` x `width` pixels."""
+        """Rows and columns of the output for an input of `height` x `width` pixels.
+
+        Raises:
+            DataError: The input is smaller than the window.
+        """
         top, bottom, left, right = self.padding
         reach = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True)]
         rows = (height + top + bottom - reach[0]) // self.stride[0] + 1
@@ -108,6 +112,14 @@ def operations(window: Window, *, reach: int = 1, pools: bool = True) -> tuple[O
     averages = [Operation("average", *square) for square in squares]
     maxima = [Operation("maximum", *square) for square in squares[:1]]
     return tuple(taps + averages + maxima)
+
+
+def centre_of(ops: Sequence[Operation]) -> int:
+    """Which of a window's operations is the channel itself: the tap in the middle of all taps."""
+    taps = [op for op in ops if op.kind == "tap"]
+    rows, columns = sorted({op.top for op in taps}), sorted({op.left for op in taps})
+    middle = rows[(len(rows) - 1) // 2], columns[(len(columns) - 1) // 2]
+    return ops.index(Operation("tap", *middle))
 
 
 class Reader:
@@ -187,13 +199,6 @@ def column_rows(
     """
     reader = Reader(x, window, positions)
     return torch.cat([reader.apply(op) for op in ops], dim=1)
-
-
-def column_planes(x: Tensor, window: Window, ops: Sequence[Operation]) -> Tensor:
-    """All columns of an input as planes, (N, C, H, W) -> (N, len(ops) * C, H', W')."""
-    rows, columns = window.output_size(*x.shape[2:])
-    flat = column_rows(x, window, ops)
-    return flat.view(x.shape[0], rows, columns, -1).permute(0, 3, 1, 2)
 
 
 def kernel_columns(weight: Tensor, ops: Sequence[Operation]) -> Tensor:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from pfsurgery.recover.columns import Operation, Window, column_rows
 from pfsurgery.recover.gram import Moments, by_operation, products_with
-from pfsurgery.recover.linalg import ridge_gcv
+from pfsurgery.recover.linalg import weighted_ridge
 
 Form = Literal["columns", "waist", "bottleneck", "mixed", "thin", "low_rank", "bare"]
 
@@ -82,18 +80,6 @@ def effective_kernel(fit: Fit, ops: int, channels: int) -> Tensor:
     return kernel.flatten(0, 1)
 
 
-def apply_fit(fit: Fit, x: Tensor, window: Window, ops: Sequence[Operation]) -> Tensor:
-    """The fitted bottleneck's outputs, (N, C, H, W) -> (N, C_out, H', W'): the reference."""
-    hidden = x if fit.reduce is None else torch.einsum("rc,nchw->nrhw", fit.reduce.to(x), x)
-    rows, columns = window.output_size(*x.shape[2:])
-    flat = column_rows(hidden, window, ops)
-    values = flat[:, fit.ops * hidden.shape[1] + fit.channels]
-    if fit.waist is not None:
-        values = values @ fit.waist.to(x).T
-    out = values @ fit.expand.to(x).T + fit.bias.to(x)
-    return out.view(x.shape[0], rows, columns, -1).permute(0, 3, 1, 2)
-
-
 def refit_expansion(fit: Fit, moments: Moments, ops: int, weights: Tensor) -> Fit:
     """Solves the expansion and the bias again, ridge by generalised cross-validation.
 
@@ -109,10 +95,8 @@ def refit_expansion(fit: Fit, moments: Moments, ops: int, weights: Tensor) -> Fi
     basis = effective_kernel(inner, ops, channels)
     gram = basis.T @ _products(fit, moments.gram, basis, channels)
     cross = basis.T @ moments.cross
-    total = float((moments.target.diagonal() * weights.square()).sum())
-    live = (weights > 0).to(weights)
-    expand = ridge_gcv(gram, cross * weights, total, moments.count)
-    expand = (expand * (live / torch.where(weights > 0, weights, 1.0))).T
+    total = moments.variance(weights)
+    expand = weighted_ridge(gram, cross, weights, total, moments.count).T
     bias = moments.target_mean - expand @ (moments.column_mean @ basis)
     weighted = expand.T * weights
     explained = float((weighted * (2 * cross * weights - gram @ weighted)).sum())

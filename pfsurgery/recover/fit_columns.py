@@ -14,6 +14,7 @@ from pfsurgery.recover.linalg import RIDGE, cholesky, principal
 
 _AHEAD = 32  # columns whose products are known when one of them is chosen
 _DEPENDENT = 1e-6  # a column with less of its variance left than this adds rounding errors
+_VISITS = 3  # to every channel, at most, where each keeps one operation
 _RIDGE_SINGLE = 1e-4  # of the mean variance: more than float32 errs, so that no rank runs out
 
 
@@ -93,14 +94,10 @@ def select_columns(
     return Selection(index, factor, torch.stack(removed).double().cumsum(0))
 
 
-def _total(moments: Moments, weights: Tensor) -> float:
-    return float((moments.target.diagonal() * weights.square()).sum())
-
-
 def column_curve(moments: Moments, weights: Tensor, most: int) -> tuple[Selection, Tensor]:
     """Selection for one product, and the relative error after 0, 1, 2, ... columns (B + 1,)."""
     chosen = select_columns(moments.gram, moments.cross * weights, most)
-    total = _total(moments, weights)
+    total = moments.variance(weights)
     error = torch.cat([chosen.removed.new_zeros(1), chosen.removed])
     return chosen, 1 - error / total if total > 0 else torch.zeros_like(error)
 
@@ -135,7 +132,7 @@ def waist_curve(
         directions = output_directions(moments, weights)
     chosen = select_columns(moments.gram, cross @ directions[:, :waist], columns[-1])
     half = torch.linalg.solve_triangular(chosen.factor, cross[chosen.order], upper=False)
-    total = _total(moments, weights)
+    total = moments.variance(weights)
     errors = []
     for count in columns:
         part = half[:count]
@@ -177,7 +174,7 @@ def fit_columns(
     return refit_expansion(fit, moments, ops, weights)
 
 
-def fit_bare(moments: Moments, weights: Tensor, ops: int, *, rounds: int = 3) -> Fit:
+def fit_bare(moments: Moments, weights: Tensor, ops: int, centre: int) -> Fit:
     """One operation for every channel, the product being the pointwise convolution that follows.
 
     Starts from forward selection with at most one column a channel, then revisits every channel
@@ -187,16 +184,16 @@ def fit_bare(moments: Moments, weights: Tensor, ops: int, *, rounds: int = 3) ->
         moments: Of all columns, with the pointwise convolution's output as target.
         weights: (C_out,) of the pointwise convolution.
         ops: Number of operations.
-        rounds: Visits to every channel, at most.
+        centre: Which of them is the channel itself, as channels that say nothing are left.
     """
     channels = len(moments.gram) // ops
     owner = torch.arange(len(moments.gram)) % channels
     cross = moments.cross * weights
     gram = moments.gram + RIDGE * moments.gram.diagonal().mean() * torch.eye(len(owner)).to(cross)
     first = select_columns(moments.gram, cross, channels, exclusive=owner)
-    op = torch.full((channels,), (ops - 1) // 2 if ops < 9 else 4, dtype=torch.long)
+    op = torch.full((channels,), centre, dtype=torch.long)
     op[first.order % channels] = first.order // channels
-    for _ in range(rounds):
+    for _ in range(_VISITS):
         before = op.clone()
         index = op * channels + torch.arange(channels)
         inverse = torch.cholesky_inverse(cholesky(gram[index][:, index]))

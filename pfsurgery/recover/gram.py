@@ -47,6 +47,10 @@ class Moments:
             self.target_mean,
         )
 
+    def variance(self, weights: Tensor) -> float:
+        """Of all targets together, each multiplied by its weight, (M,)."""
+        return float((self.target.diagonal() * weights.square()).sum())
+
     def through_origin(self) -> Moments:
         """Moments about zero in place of the means, for a product without a bias."""
         x, y = self.column_mean, self.target_mean
@@ -210,6 +214,24 @@ def sample_positions(total: int, most: int, generator: torch.Generator) -> Tenso
     if total <= most:
         return None
     return torch.randperm(total, generator=generator, device="cpu")[:most].sort().values
+
+
+class Positions:
+    """Which positions are looked at, batch by batch: every instance picks the same ones.
+
+    Args:
+        images: How many images there are in all batches.
+        most: Positions that are looked at in all of them, about.
+    """
+
+    def __init__(self, images: int, most: int) -> None:
+        self._images, self._most = images, most
+        self._generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, images: int, total: int) -> Tensor | None:
+        """Some of the `total` positions of so many images, sorted; None stands for all."""
+        most = max(1, round(self._most * images / self._images))
+        return sample_positions(total, most, self._generator)
 
 
 Groups = list[tuple[int, Tensor]]  # operations, and the places of what each has

@@ -22,14 +22,14 @@ from pfsurgery.recover.calibration import (
     hold_out,
 )
 from pfsurgery.recover.capture import Side, capture
-from pfsurgery.recover.columns import Window, column_rows, operations
+from pfsurgery.recover.columns import column_rows, operations
 from pfsurgery.recover.distance import check_same_outputs
-from pfsurgery.recover.gram import Moments, MomentSum, sample_positions
+from pfsurgery.recover.gram import Moments, MomentSum, Positions
 from pfsurgery.recover.polish import polish
 from pfsurgery.recover.progress import tracked
 from pfsurgery.recover.readout import Readout, around_sum, corrected, readout_of
 from pfsurgery.recover.refit import Refit, layer_columns, solve_layer
-from pfsurgery.recover.target import POSITIONS
+from pfsurgery.recover.target import POSITIONS, window_of
 from pfsurgery.sites import geometry_of
 
 
@@ -178,7 +178,8 @@ def _refit(
     moments = _moments(student, original, twin, layer, batches)
     moments = moments.with_prior(layer_columns(layer))
     solved = solve_layer(layer, norm, moments, twin.how.weights)
-    return Refit(twin.name, twin.name, *solved.relative)
+    shares = solved.share(solved.before), solved.share(solved.after)
+    return Refit(twin.name, twin.name, *shares)
 
 
 def _moments(
@@ -190,18 +191,13 @@ def _moments(
 ) -> Moments:
     geometry = geometry_of(layer)
     total = MomentSum(layer_columns(layer).shape[0], layer.out_channels)
-    generator = torch.Generator().manual_seed(0)
-    images = sum(len(batch) for batch in batches)
+    positions = Positions(sum(len(batch) for batch in batches), POSITIONS)
     for batch in batches:
         x, y = _input_and_target(student, original, twin, batch)
-        (top, bottom), (left, right) = geometry.pads((x.shape[2], x.shape[3]))
-        window = Window(
-            geometry.kernel_size, geometry.stride, (top, bottom, left, right), geometry.dilation
-        )
+        window = window_of(geometry, (x.shape[2], x.shape[3]))
         taps = operations(window, reach=max(geometry.kernel_size), pools=False)
         goals = y.permute(0, 2, 3, 1).flatten(0, 2)
-        most = max(1, round(POSITIONS * len(batch) / images))
-        chosen = sample_positions(len(goals), most, generator)
+        chosen = positions(len(batch), len(goals))
         if chosen is not None:
             chosen = chosen.to(x.device)
             goals = goals[chosen]

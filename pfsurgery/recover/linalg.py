@@ -12,12 +12,10 @@ _EXACT = 1e-6  # a smaller share of the variance left is rounding: nothing to re
 _LADDER = torch.logspace(-7, 0, 15, dtype=torch.float64)
 
 
-def cholesky(gram: Tensor, ridge: float = RIDGE) -> Tensor:
-    """Lower Cholesky factor of a positive semi-definite matrix plus a relative ridge.
+def cholesky(gram: Tensor) -> Tensor:
+    """Lower Cholesky factor of a positive semi-definite matrix (..., K, K), with a ridge.
 
-    Args:
-        gram: (..., K, K).
-        ridge: Added to the diagonal, relative to its mean. Raised tenfold until a factor exists.
+    `RIDGE` of the diagonal's mean is added to it, ten times as much until a factor exists.
 
     Raises:
         DataError: A value is not finite.
@@ -27,6 +25,7 @@ def cholesky(gram: Tensor, ridge: float = RIDGE) -> Tensor:
             "Second moments are not finite: look for NaN or very large values in the images, or "
             "for an overflow in the network."
         )
+    ridge = RIDGE
     scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
     scale = torch.where(scale > 0, scale, 1.0)  # of a matrix of zeros
     while True:
@@ -74,6 +73,26 @@ def ridge_gcv(gram: Tensor, cross: Tensor, total: float, count: int) -> Tensor:
     score = torch.where(left > 1e-3, loss / left.clamp(min=1e-3).square(), torch.inf)
     strength = ladder[int(score.argmin())] if bool(score.isfinite().any()) else ladder[-1]
     return vectors @ (rotated / (values + strength)[:, None])
+
+
+def weighted_ridge(
+    gram: Tensor, cross: Tensor, weights: Tensor, total: float, count: int
+) -> Tensor:
+    """`ridge_gcv` where targets have weights, and are 0 where these are.
+
+    Args:
+        gram: (K, K), averages over positions.
+        cross: (K, M), of the targets without weights.
+        weights: (M,), importance of each target, not negative.
+        total: Sum of the weighted targets' variances.
+        count: Positions averaged over.
+
+    Returns:
+        Weights (K, M) of the targets without weights.
+    """
+    live = (weights > 0).to(weights)
+    solved = ridge_gcv(gram, cross * weights, total, count)
+    return solved * (live / torch.where(weights > 0, weights, 1.0))
 
 
 def principal(cross: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:

@@ -88,20 +88,29 @@ def prepare(moments: Moments, weights: Tensor, ops: int, *, reuse: float = 1.0) 
         full=full.view(ops, channels, -1),
         whitener=torch.linalg.solve_triangular(mean, eye, upper=False),
         factors=cholesky(own),
-        total=float((moments.target.diagonal() * weights.square()).sum()),
+        total=moments.variance(weights),
         reuse=reuse,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A bottleneck while it is fitted: D = squeeze @ turn."""
+    """A bottleneck while it is fitted: D = squeeze @ turn.
 
-    reduce: Tensor  # (r1, C)
-    ops: Tensor  # (B,)
-    channels: Tensor  # (B,)
-    squeeze: Tensor  # (B, k)
-    turn: Tensor  # (k, C_out), orthonormal rows
+    Attributes:
+        reduce: (r1, C).
+        ops: Operation of each column, (B,).
+        channels: Its reduced channel, (B,).
+        squeeze: (B, k).
+        turn: (k, C_out), orthonormal rows.
+        explained: Variance of the weighted targets that it explains.
+    """
+
+    reduce: Tensor
+    ops: Tensor
+    channels: Tensor
+    squeeze: Tensor
+    turn: Tensor
     explained: float
 
 

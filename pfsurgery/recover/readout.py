@@ -90,10 +90,10 @@ def visible(goal: Tensor, made: Tensor, shortcut: Tensor | None, how: Readout) -
 
     Where the ReLU raises both to zero, what is made is good as it is; where it raises the goal
     alone, zero is enough. The squared distance to these rows is no less than the error that the
-    ReLU leaves, and equal to it at `made`, except where the goal is above zero and what is made
-    below: so a step of least squares towards them lessens that error (majorisation). Zhang, Zou,
-    He & Sun (TPAMI 2016, arXiv 1505.06798, section 3.2) fit nonlinear responses for the same
-    reason.
+    ReLU leaves. At `made` it is equal to it, except where the goal is above zero and what is made
+    below: but for these a step of least squares towards the rows lessens the error (majorisation).
+    Zhang, Zou, He & Sun (TPAMI 2016, arXiv 1505.06798, section 3.2) fit nonlinear responses for the
+    same reason.
 
     Args:
         goal: What the original gives, corrected for the shortcut.

@@ -101,6 +101,9 @@ def refit_moments(
         screen: Directions that stand for the channels of a very wide site.
         known: Moments of the same columns, with other targets: their Gram matrix, which takes
             longest, is not summed again.
+
+    Raises:
+        DataError: There is no image.
     """
     total: MomentSum | None = None
     site, ops = aim.site, site_operations(aim.site)

@@ -14,9 +14,9 @@ from pfsurgery.graph import GraphView
 from pfsurgery.neighbours import neighbours_of_module
 from pfsurgery.recover.capture import Side
 from pfsurgery.recover.front import Front
-from pfsurgery.recover.gram import Moments, MomentSum, sample_positions
+from pfsurgery.recover.gram import Moments, MomentSum, Positions
 from pfsurgery.recover.groups import in_memory
-from pfsurgery.recover.linalg import ridge_gcv
+from pfsurgery.recover.linalg import weighted_ridge
 from pfsurgery.recover.readout import Readout, around_sum, corrected, rectified_readout, visible
 from pfsurgery.recover.target import POSITIONS, ROWS_MEMORY, rows_bytes, sampled_rows
 from pfsurgery.weights import applied_weight
@@ -122,6 +122,9 @@ def refit_layer(front: Front, original: nn.Module, aim: LayerAim, goals: Sequenc
         original: The original, in eval mode.
         aim: The layer, and what it should give.
         goals: The original's rows for it, from `original_rows` with the same images.
+
+    Raises:
+        RecordMismatchError: It is neither a convolution nor linear.
     """
     student = front.network
     layer = _layer(student, aim.layer)
@@ -139,7 +142,7 @@ def refit_layer(front: Front, original: nn.Module, aim: LayerAim, goals: Sequenc
             offset = (mean - norm.running_mean).cpu()
         moments = _visible_moments(front, layer, offset, aim, goals, moments)
         solved = solve_layer(layer, norm, moments, aim.how.weights)
-    return Refit(aim.site, aim.layer, *replace(first, after=solved.after).relative)
+    return Refit(aim.site, aim.layer, first.share(first.before), first.share(solved.after))
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,12 +159,9 @@ class Solved:
     after: float
     variance: float
 
-    @property
-    def relative(self) -> tuple[float, float]:
-        """Both errors as shares of the variance."""
-        if self.variance <= 0:
-            return 0.0, 0.0
-        return self.before / self.variance, self.after / self.variance
+    def share(self, error: float) -> float:
+        """An error as a share of the variance."""
+        return error / self.variance if self.variance > 0 else 0.0
 
 
 def solve_layer(
@@ -179,11 +179,9 @@ def solve_layer(
     """
     if layer.bias is None and norm is None:
         moments = moments.through_origin()
-    total = float((moments.target.diagonal() * weights.square()).sum())
+    total = moments.variance(weights)
     before = _error(layer, moments, weights)
-    live = (weights > 0).to(weights)
-    solved = ridge_gcv(moments.gram, moments.cross * weights, total, moments.count)
-    solved = solved * (live / torch.where(weights > 0, weights, 1.0))
+    solved = weighted_ridge(moments.gram, moments.cross, weights, total, moments.count)
     held = layer.weight.clone()
     layer.weight.copy_(_as_weight(solved, layer))
     offset = moments.target_mean - moments.column_mean @ layer_columns(layer)
@@ -221,14 +219,12 @@ class _RowSampler:
     def __init__(self, batches: Sequence[Tensor], layer: nn.Module) -> None:
         self._axis = 1 if isinstance(layer, nn.Conv2d) else -1
         self._sizes = iter([len(batch) for batch in batches])
-        self._images = sum(len(batch) for batch in batches)
-        self._generator = torch.Generator().manual_seed(0)
+        self._positions = Positions(sum(len(batch) for batch in batches), POSITIONS)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The rows (P, C), float32 on the CPU, of (N, C, H, W) or (N, ..., C)."""
         rows = x.movedim(self._axis, -1).reshape(-1, x.shape[self._axis])
-        most = max(1, round(POSITIONS * next(self._sizes) / self._images))
-        kept = sample_positions(len(rows), most, self._generator)
+        kept = self._positions(next(self._sizes), len(rows))
         return (rows if kept is None else rows[kept.to(rows.device)]).float().cpu()
 
 
@@ -320,8 +316,7 @@ def _error(
     explained = 2 * (weighted * moments.cross * weights).sum()
     explained -= (weighted * (moments.gram @ weighted)).sum()
     offset = (moments.target_mean - bias - moments.column_mean @ kernel) * weights
-    total = (moments.target.diagonal() * weights.square()).sum()
-    return float(total - explained + offset.square().sum())
+    return moments.variance(weights) - float(explained) + float(offset.square().sum())
 
 
 def _check_twins(student: nn.Module, original: nn.Module, name: str, twin: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pfsurgery.recover.capture import on_input, run_watched
 from pfsurgery.recover.columns import Operation
 from pfsurgery.recover.fit import Fit
-from pfsurgery.recover.gram import MomentSum, sample_positions
+from pfsurgery.recover.gram import MomentSum, Positions
 from pfsurgery.sites import Site
 
 MOST_COLUMNS = 6144  # of a Gram matrix: 302 MB
@@ -64,13 +64,11 @@ def screens(
     if not wide:
         return {}
     sums = {site.name: MomentSum(site.geometry.in_channels) for site, _, _ in wide}
-    generator = torch.Generator().manual_seed(0)
-    images = sum(len(batch) for batch in batches)
+    positions = Positions(sum(len(batch) for batch in batches), _POSITIONS)
 
     def add(name: str, x: Tensor) -> None:
         rows = x.detach().float().permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-        most = max(1, round(_POSITIONS * len(x) / images))
-        kept = sample_positions(len(rows), most, generator)
+        kept = positions(len(x), len(rows))
         sums[name].add((rows if kept is None else rows[kept.to(rows.device)]).cpu())
 
     hooks = [

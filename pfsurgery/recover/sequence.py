@@ -15,6 +15,7 @@ from pfsurgery.recover.aim import Aim, aim_at, goals_of, pointwise_behind
 from pfsurgery.recover.behind import aim_behind, refit_behind
 from pfsurgery.recover.build import bare_structure
 from pfsurgery.recover.channels import channel_refit, fold_into_norm
+from pfsurgery.recover.columns import centre_of
 from pfsurgery.recover.fit_columns import fit_bare
 from pfsurgery.recover.front import Front
 from pfsurgery.recover.norms import reestimate
@@ -122,7 +123,7 @@ def _place_bare(
         chosen, tail = found.ops, "keep"
     else:
         moments = refit_moments(Reads(front, aim, goals), aim, front.batches)
-        chosen, tail = fit_bare(moments, aim.how.weights, len(ops)).ops, "drop"
+        chosen, tail = fit_bare(moments, aim.how.weights, len(ops), centre_of(ops)).ops, "drop"
     decision = Decision(site, "bare", tail=tail, structure=bare_structure(chosen, ops))  # type: ignore[arg-type]
     apply_plan(student, [decision])
     goal = layer_aim(student, teacher, site.name, layer, layer, seen)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from pfsurgery.errors import RecordMismatchError
-from pfsurgery.modules import get_module, set_module
+from pfsurgery.modules import get_module, set_at
 from pfsurgery.ops.bottleneck import Bottleneck
 from pfsurgery.plan import Decision
 from pfsurgery.recover.aim import Aim
@@ -29,7 +29,11 @@ _MEMORY = 1 << 29  # bytes of what a site reads that are held for these, about
 
 
 def site_kernel(teacher: nn.Module, site: Site, ops: Sequence[Operation]) -> Tensor:
-    """The site's kernel as weights of its columns (ops * C, C_out), zero between groups."""
+    """The site's kernel as weights of its columns (ops * C, C_out), zero between groups.
+
+    Raises:
+        RecordMismatchError: No convolution stands there.
+    """
     conv = teacher.get_submodule(site.name)
     if not isinstance(conv, nn.Conv2d):
         raise RecordMismatchError(
@@ -88,8 +92,7 @@ def fit_at(
     for _ in range(_VISIBLE_ROUNDS if rectified else 0):
         del problem
         fitted = get_module(student, names[0])
-        for name in names:
-            set_module(student, name, convolution)
+        set_at(student, names, convolution)
         visible_reads = let_through(reads, fitted, aim, batches)
         moments = refit_moments(visible_reads, aim, batches, screen, moments)
         problem = site_problem(teacher, aim, moments, screen)

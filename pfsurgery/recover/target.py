@@ -13,7 +13,7 @@ from pfsurgery.recover.columns import Operation, Window, column_rows, operations
 from pfsurgery.recover.gram import Moments, MomentSum, sample_positions
 from pfsurgery.recover.readout import Readout
 from pfsurgery.recover.screen import Screen, screened
-from pfsurgery.sites import Site
+from pfsurgery.sites import Geometry, Site
 
 POSITIONS = 65536  # looked at for each layer, about
 ROWS_MEMORY = 1 << 29  # bytes of the original's rows that are held at once, about
@@ -22,8 +22,12 @@ _CHUNK = 16384  # positions whose columns are in memory at once
 
 def site_window(site: Site) -> Window:
     """The site's window with its padding resolved for its input size."""
-    geometry = site.geometry
-    (top, bottom), (left, right) = geometry.pads((site.input_shape[-2], site.input_shape[-1]))
+    return window_of(site.geometry, (site.input_shape[-2], site.input_shape[-1]))
+
+
+def window_of(geometry: Geometry, size: tuple[int, int]) -> Window:
+    """Where a convolution reads an input of `size` pixels (rows, columns)."""
+    (top, bottom), (left, right) = geometry.pads(size)
     return Window(
         geometry.kernel_size, geometry.stride, (top, bottom, left, right), geometry.dilation
     )

@@ -30,7 +30,7 @@ _OTHERS = ("#c0567f", "#6a74c9", "#a8683c", "#2f9bb3", "#8b7bb0", "#4c9a8a", "#c
 
 
 def family(label: str) -> str:
-    """The op in a label: `thin` of `thin: 16 -> 24`, `max_pool` of `max_pool+pointwise`."""
+    """The op in a label: `thin` of `thin 16>24`, `max_pool` of `max_pool+pointwise`."""
     return re.split(r"[+:\s(]", label, maxsplit=1)[0]
 
 

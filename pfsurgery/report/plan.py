@@ -9,13 +9,8 @@ from pfsurgery.report.page import Chip, Figure, Section, Table
 from pfsurgery.report.palette import colors, family
 
 
-def plan_sections(plan: Plan, damage: dict[str, float] | None = None) -> tuple[Section, ...]:
-    """The network and the plan; nothing for a plan without sites.
-
-    Args:
-        plan: The plan.
-        damage: What the site's op costs by site, as KL divergence in nats, where that was measured.
-    """
+def plan_sections(plan: Plan) -> tuple[Section, ...]:
+    """The network and the plan; nothing for a plan without sites."""
     if not len(plan):
         return ()
     labels = [d.label for d in plan]
@@ -33,12 +28,7 @@ def plan_sections(plan: Plan, damage: dict[str, float] | None = None) -> tuple[S
     ]
     said = "Below, the multiply-adds that each site saves"
     errors = [d.structure.error if d.structure else None for d in plan]
-    if damage:
-        known = [damage.get(d.site.name) for d in plan]
-        shown = ["" if v is None else f"damage {v:.3g} nats" for v in known]
-        measures.insert(0, Measure(Axis("damage (nats)", zero=True), known, shown))
-        said = "Below, the damage of each site when it alone changes, and the multiply-adds saved"
-    elif any(error is not None for error in errors):
+    if any(error is not None for error in errors):
         shown = ["" if e is None else f"relative error {e:.3f}" for e in errors]
         measures.insert(0, Measure(Axis("relative error (1)", zero=True), errors, shown))
         said = (

@@ -10,7 +10,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from pfsurgery.graph import GraphView, view
-from pfsurgery.modules import get_module, set_module
+from pfsurgery.modules import get_module, set_at
 from pfsurgery.recover.aim import aim_at, goals_of
 from pfsurgery.recover.choices import Choices
 from pfsurgery.recover.distance import Outputs, distance, outputs
@@ -78,7 +78,7 @@ def damages(
     found: list[Measured] = []
     try:
         for option in options:
-            _set(teacher, site, convolution)
+            set_at(teacher, site.names, convolution)
             aim = aim_at(teacher, site, option, seen)
             if option.form in ("bare", "op"):  # these change more than the site
                 (goals,) = goals_of(teacher, [aim], batches)
@@ -94,10 +94,5 @@ def damages(
             place_fit(teacher, aim, problem, screen)
             found.append(measure(teacher))
     finally:
-        _set(teacher, site, convolution)
+        set_at(teacher, site.names, convolution)
     return found
-
-
-def _set(model: nn.Module, site: Site, module: nn.Module) -> None:
-    for name in site.names:
-        set_module(model, name, module)
