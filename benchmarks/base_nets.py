@@ -12,6 +12,7 @@ are kept in `bases/`, kernels in float16, by `--keep`.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
 import tarfile
@@ -101,6 +102,12 @@ def load_images(split: str, data: Path | None = None, cache: Path = CACHE) -> tu
         torch.save({"images": images[order], "labels": labels[order]}, stored)
     both = torch.load(stored)
     return both["images"], both["labels"]
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Tells networks of other weights apart."""
+    weights = b"".join(p.detach().numpy().tobytes() for p in model.parameters())
+    return hashlib.sha256(weights).hexdigest()[:12]
 
 
 def normalise(images: Tensor) -> Tensor:

@@ -24,9 +24,7 @@ from __future__ import annotations
 import argparse
 import copy
 import fcntl
-import hashlib
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +34,7 @@ from pathlib import Path
 import base_nets
 import torch
 from distillation import RATES, asking, distilled, remembering, stepwise
+from machine import describe
 from methods import COMPARED, METHODS, WITHOUT_BUDGET, Task
 from recovery_figures import draw
 from torch import nn
@@ -126,9 +125,8 @@ class Bench:
         self.val = images[: args.val], labels[: args.val]
         self.image = base_nets.normalise(self.train[:1])
         self.until = time.monotonic() + args.seconds
-        weights = b"".join(p.detach().numpy().tobytes() for p in self.model.parameters())
         facts = {
-            "base_weights": hashlib.sha256(weights).hexdigest()[:12],
+            "base_weights": base_nets.fingerprint(self.model),
             "base_top1": self.judge(self.model),
             "base_mmacs": count(self.model, self.image).macs / 1e6,
             "base_parameters": sum(p.numel() for p in self.model.parameters()),
@@ -273,7 +271,7 @@ def in_turns(bench: Bench, fast: nn.Module, batch: int) -> Row:
         "before_ms": found["before"].median_ms,
         "after_ms": found["after"].median_ms,
         "ratio": statistics.median(after / before for after, before in pairs),
-        "machine": platform.machine(),
+        "machine": describe("cpu"),
     }
 
 
@@ -333,7 +331,7 @@ def time_steps(bench: Bench) -> None:
             "before_ms": statistics.median(before),
             "after_ms": statistics.median(after),
             "ratio": statistics.median(a / b for a, b in zip(after, before, strict=True)),
-            "threads": torch.get_num_threads(),
+            "machine": describe("cpu"),
         }
         bench.store.add({**key, **row})
 

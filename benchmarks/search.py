@@ -14,7 +14,6 @@ are there are not made again. Accuracies do not depend on the load of the machin
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import random
 import time
@@ -63,10 +62,9 @@ class Bench:
         self.val = base_nets.load_images("val", args.data)
         self.wanted = outputs(frozen_copy(self.model), self.images)
         self.pointwise = args.net != "basic"  # elsewhere most of the work is in 1x1 convolutions
-        weights = b"".join(p.detach().numpy().tobytes() for p in self.model.parameters())
         facts: Row = {
             "net": args.net,
-            "base_weights": hashlib.sha256(weights).hexdigest()[:12],
+            "base_weights": base_nets.fingerprint(self.model),
             "base_mmacs": self.cost(self.model),
             "images": args.images,
         }
