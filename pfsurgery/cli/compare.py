@@ -57,5 +57,5 @@ def compare(
         optimized=optimized,
     )
     if figure is not None:
-        options.drawn(result.figure, figure)
+        options.written(result.figure, figure)
     options.emit(result, json, result.to_dict())

@@ -32,7 +32,7 @@ def convert(
     data: Annotated[
         str | None, typer.Option(help="For --policy budget or bare: images, labels are not used.")
     ] = None,
-    number: Annotated[int, typer.Option("--images", help="How many, up to 400 MB.", min=1)] = 2000,
+    number: options.Images = 2000,
     include: options.Include = None,
     exclude: options.Exclude = None,
     mixing: options.Mixing = "auto",
@@ -86,5 +86,5 @@ def convert(
     if any(d.structure for d in done):
         Console().print(fit_table(done))
     if figure is not None:
-        options.drawn(done.figure, figure)
+        options.written(done.figure, figure)
     show.last(f"{len(done.replaced)} of {len(done)} sites replaced; saved to {out}")

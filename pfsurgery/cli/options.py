@@ -85,6 +85,7 @@ Size = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Images = Annotated[int, typer.Option("--images", help="How many, up to 400 MB.", min=1)]
 Top1 = Annotated[
     bool, typer.Option("--top1", help="Measure the accuracy on the validation part of --data too.")
 ]
@@ -217,12 +218,12 @@ def validation(data: str, wanted: bool) -> Callable[[nn.Module], float] | None:
     return (lambda network: evaluate(network, data).top1) if wanted else None
 
 
-def drawn(draw: Callable[[Path], None], figure: Path) -> None:
-    """Draw a figure into the file that an option names."""
+def written(write: Callable[[Path], object], file: Path) -> None:
+    """Write the file that an option names."""
     try:
-        draw(figure)
+        write(file)
     except OSError as error:
-        raise SurgeryError(f"{figure} cannot be written: {error.strerror}.") from None
+        raise SurgeryError(f"{file} cannot be written: {error.strerror}.") from None
 
 
 def emit(table: Any, as_json: bool, values: Any) -> None:

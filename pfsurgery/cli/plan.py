@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from pfsurgery.cli import options
-from pfsurgery.errors import SurgeryError
 
 
 def plan(
@@ -30,8 +29,5 @@ def plan(
     net = options.opened(model, False, None, num_classes, model_kwarg, size)
     chosen = options.planned(net, policy, include=include, exclude=exclude, mixing=mixing)
     if out is not None:
-        try:
-            out.write_text(chosen.to_json(), encoding="utf-8")
-        except OSError as error:
-            raise SurgeryError(f"{out} cannot be written: {error.strerror}.") from None
+        options.written(lambda file: file.write_text(chosen.to_json(), encoding="utf-8"), out)
     options.emit(chosen, json, chosen.to_dict())

@@ -32,7 +32,7 @@ def recover(
     checkpoint: Annotated[
         Path | None, typer.Option(help="File with the original's weights, in place of the hub.")
     ] = None,
-    number: Annotated[int, typer.Option("--images", help="How many, up to 400 MB.", min=1)] = 2000,
+    number: options.Images = 2000,
     include: options.Include = None,
     exclude: options.Exclude = None,
     mixing: options.Mixing = "auto",

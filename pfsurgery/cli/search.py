@@ -57,7 +57,7 @@ def search(
     thin: options.Thin = True,
     pretrained: options.Pretrained = True,
     checkpoint: options.Checkpoint = None,
-    number: Annotated[int, typer.Option("--images", help="How many, up to 400 MB.", min=1)] = 2000,
+    number: options.Images = 2000,
     top1: options.Top1 = False,
     include: options.Include = None,
     exclude: options.Exclude = None,

@@ -31,7 +31,7 @@ def sensitivity(
     batch: Annotated[int, typer.Option(help="Images of a timed batch.", min=1)] = 8,
     pretrained: options.Pretrained = True,
     checkpoint: options.Checkpoint = None,
-    number: Annotated[int, typer.Option("--images", help="How many, up to 400 MB.", min=1)] = 500,
+    number: options.Images = 500,
     top1: options.Top1 = False,
     include: options.Include = None,
     exclude: options.Exclude = None,
@@ -60,7 +60,7 @@ def sensitivity(
     )
     if not show.is_first_process():
         return
-    options.drawn(lambda path: draw_sensitivity(rows, path), out / FIGURE)
+    options.written(lambda path: draw_sensitivity(rows, path), out / FIGURE)
     options.emit(sensitivity_table(rows), json, [asdict(row) for row in rows])
     if not json:
         show.last(f"Figure and rows are in {out}; pfsurgery report {out} shows them.")
