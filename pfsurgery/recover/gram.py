@@ -112,12 +112,13 @@ class MomentSum:
     Args:
         columns: Number of columns K.
         targets: Number of targets M, 0 for none.
-        gram: Sum the Gram matrix; without it only `cross` and `target` are (for a new target of
-            columns whose Gram matrix is known).
+        known: Moments of the same columns, with other targets: their Gram matrix, which takes
+            longest, is not summed again.
     """
 
-    def __init__(self, columns: int, targets: int = 0, *, gram: bool = True) -> None:
-        self._gram = torch.zeros(columns, columns, dtype=torch.float64) if gram else None
+    def __init__(self, columns: int, targets: int = 0, known: Moments | None = None) -> None:
+        self._known = None if known is None else known.gram
+        self._gram = torch.zeros(0 if known else columns, columns, dtype=torch.float64)
         self._cross = torch.zeros(columns, targets, dtype=torch.float64)
         self._target = torch.zeros(targets, targets, dtype=torch.float64)
         self._column_sum = torch.zeros(columns, dtype=torch.float64)
@@ -178,7 +179,7 @@ class MomentSum:
         self._target_sum += y.sum(0, dtype=torch.float64)
         self._cross += x.T @ y
         self._target += y.T @ y
-        if self._gram is None:
+        if self._known is not None:
             return
         for first in range(0, x.shape[1], _BLOCK):
             block = x[:, first : first + _BLOCK]
@@ -194,9 +195,8 @@ class MomentSum:
         if not self.count or self._column_shift is None or self._target_shift is None:
             raise DataError("No positions were added: pass at least one image.")
         x, y = self._column_sum / self.count, self._target_sum / self.count
-        if self._gram is None:
-            gram = torch.zeros(0, 0, dtype=torch.float64)
-        else:
+        gram = self._known
+        if gram is None:
             gram = torch.triu(self._gram) / self.count
             gram = gram + torch.triu(gram, 1).T - torch.outer(x, x)
         return Moments(

@@ -27,7 +27,7 @@ from pfsurgery.recover.distance import check_same_outputs
 from pfsurgery.recover.gram import Moments, MomentSum, Positions
 from pfsurgery.recover.polish import polish
 from pfsurgery.recover.progress import tracked
-from pfsurgery.recover.readout import Readout, around_sum, corrected, readout_of
+from pfsurgery.recover.readout import Readout, around_sum, lacking, readout_of
 from pfsurgery.recover.refit import Refit, layer_columns, solve_layer
 from pfsurgery.recover.target import POSITIONS, window_of
 from pfsurgery.sites import geometry_of
@@ -178,8 +178,7 @@ def _refit(
     moments = _moments(student, original, twin, layer, batches)
     moments = moments.with_prior(layer_columns(layer))
     solved = solve_layer(layer, norm, moments, twin.how.weights)
-    shares = solved.share(solved.before), solved.share(solved.after)
-    return Refit(twin.name, twin.name, *shares)
+    return Refit(twin.name, twin.name, solved.share(solved.before), solved.share(solved.after))
 
 
 def _moments(
@@ -211,10 +210,8 @@ def _input_and_target(
 ) -> tuple[Tensor, Tensor]:
     name, how = twin.name, twin.how
     kept = twin.kept.to(batch.device)
-    if how.merge is None:
-        goal = capture(original, batch, {"y": (name, "output")})["y"]
-        return capture(student, batch, {"x": (name, "input")})["x"], goal[:, kept]
-    goal = capture(original, batch, {"sum": (how.merge, "input")})["sum"][:, kept]
+    wanted: tuple[str, Side] = (name, "output") if how.merge is None else (how.merge, "input")
+    goal = capture(original, batch, {"y": wanted})["y"][:, kept]
     own: dict[str, tuple[str, Side]] = {"x": (name, "input")}
     made = capture(student, batch, own | around_sum(how, name))
-    return made["x"], corrected(goal, made["sum"] - made["out"], how)
+    return made["x"], lacking(goal, made, lambda shortcut: shortcut, how)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -83,6 +84,23 @@ def corrected(goal: Tensor, shortcut: Tensor, how: Readout) -> Tensor:
     live = how.weights.to(goal).view(shape) > 0
     inverse = torch.where(live, 1 / torch.where(live, scale, 1.0), 0.0)
     return (goal - shortcut - shift) * inverse
+
+
+def lacking(
+    goal: Tensor, made: Mapping[str, Tensor], rows: Callable[[Tensor], Tensor], how: Readout
+) -> tuple[Tensor, Tensor | None]:
+    """What a layer should give, and the shortcut that is added to it, None without one.
+
+    Args:
+        goal: What the original gives: where a shortcut is added, the sum.
+        made: What `around_sum` captured in the edited network.
+        rows: Takes the part of a tensor that `goal` has.
+        how: How the outputs count.
+    """
+    if how.merge is None:
+        return goal, None
+    shortcut = rows(made["sum"] - made["out"])
+    return corrected(goal, shortcut, how), shortcut
 
 
 def visible(goal: Tensor, made: Tensor, shortcut: Tensor | None, how: Readout) -> Tensor:

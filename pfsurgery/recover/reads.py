@@ -14,7 +14,7 @@ from pfsurgery.recover.capture import Side
 from pfsurgery.recover.columns import column_rows
 from pfsurgery.recover.front import Front
 from pfsurgery.recover.gram import Moments, MomentSum
-from pfsurgery.recover.readout import around_sum, corrected, visible
+from pfsurgery.recover.readout import around_sum, lacking, visible
 from pfsurgery.recover.screen import Screen, screened
 from pfsurgery.recover.target import Sampler, rows_bytes, site_operations, site_window
 
@@ -59,11 +59,7 @@ class Reads:
         calls = dict.fromkeys(wanted, site.calls)
         captured = self.front.captures(site.name, wanted, calls)
         for made, goal in zip(captured, self.goals, strict=True):
-            shortcut = None
-            if how.merge is not None:
-                shortcut = rows.outputs(made["sum"] - made["out"])
-                goal = corrected(goal, shortcut, how)
-            yield Read(made["x"], goal, shortcut)
+            yield Read(made["x"], *lacking(goal, made, rows.outputs, how))
 
     @property
     def bytes(self) -> int:
@@ -99,8 +95,7 @@ def refit_moments(
         aim: The site.
         batches: The images, one batch for each read.
         screen: Directions that stand for the channels of a very wide site.
-        known: Moments of the same columns, with other targets: their Gram matrix, which takes
-            longest, is not summed again.
+        known: Moments of the same columns, with other targets, if they are known.
 
     Raises:
         DataError: There is no image.
@@ -110,7 +105,7 @@ def refit_moments(
     sampler, window = Sampler(site, batches), site_window(site)
     for read in reads:
         x = screened(read.x.float(), screen)
-        total = total or MomentSum(len(ops) * x.shape[1], read.goal.shape[1], gram=known is None)
+        total = total or MomentSum(len(ops) * x.shape[1], read.goal.shape[1], known)
         first = 0
         for part, chosen in sampler.inputs(x):
             values = column_rows(part, window, ops, chosen).cpu()
@@ -118,4 +113,4 @@ def refit_moments(
             first += len(values)
     if total is None:
         raise DataError("There is no image to fit to.")
-    return total.result() if known is None else replace(total.result(), gram=known.gram)
+    return total.result()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from pfsurgery.recover.front import Front
 from pfsurgery.recover.gram import Moments, MomentSum, Positions
 from pfsurgery.recover.groups import in_memory
 from pfsurgery.recover.linalg import weighted_ridge
-from pfsurgery.recover.readout import Readout, around_sum, corrected, rectified_readout, visible
+from pfsurgery.recover.readout import Readout, around_sum, lacking, rectified_readout, visible
 from pfsurgery.recover.target import POSITIONS, ROWS_MEMORY, rows_bytes, sampled_rows
 from pfsurgery.weights import applied_weight
 
@@ -235,14 +235,14 @@ class _Rows:
     Attributes:
         read: (P, C).
         made: (P, C_out).
-        shortcut: What is added behind the norm, (P, C_out), None without.
         goal: What the original gives, less what the shortcut already gets wrong, (P, C_out).
+        shortcut: What is added behind the norm, (P, C_out), None without.
     """
 
     read: Tensor
     made: Tensor
-    shortcut: Tensor | None
     goal: Tensor
+    shortcut: Tensor | None
 
 
 def _rows(
@@ -253,11 +253,7 @@ def _rows(
     own: dict[str, tuple[str, Side]] = {"x": (aim.layer, "input"), "y": (aim.layer, "output")}
     wanted = own | around_sum(how, aim.layer)
     for seen, goal in zip(front.captures(aim.twin, wanted), goals, strict=True):
-        shortcut = None
-        if how.merge is not None:
-            shortcut = shortcuts(seen["sum"] - seen["out"])
-            goal = corrected(goal, shortcut, how)
-        yield _Rows(read(seen["x"]), made(seen["y"]), shortcut, goal)
+        yield _Rows(read(seen["x"]), made(seen["y"]), *lacking(goal, seen, shortcuts, how))
 
 
 def _layer_moments(
@@ -288,11 +284,11 @@ def _visible_moments(
         goals: The original's rows for it.
         known: Moments of what it reads.
     """
-    total = MomentSum(len(known.gram), len(layer.weight), gram=False)
+    total = MomentSum(len(known.gram), len(layer.weight), known)
     for rows in _rows(front, layer, aim, goals):
         wanted = visible(rows.goal, rows.made + offset, rows.shortcut, aim.how)
         total.add(rows.read, wanted - offset)
-    return replace(total.result(), gram=known.gram)
+    return total.result()
 
 
 def _layer(student: nn.Module, name: str) -> nn.Conv2d | nn.Linear:
