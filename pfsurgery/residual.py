@@ -21,7 +21,7 @@ class LastReLU(nn.ReLU):
     def forward(self, input: Tensor | Pending) -> Tensor:
         """Negative numbers raised to 0."""
         if isinstance(input, Pending):
-            return input.relu()
+            return input.relu_() if self.inplace else input.relu()
         return F.relu(input, inplace=self.inplace)
 
 

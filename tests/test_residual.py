@@ -74,6 +74,54 @@ TAKEN = {
 }
 
 
+def dropped(raised):
+    """A block that adds in place by one name, and reads the sum, raised, by another."""
+
+    def end(block, x):
+        y = block.conv(x)
+        z = y
+        z += x
+        raised(block, z)
+        return y
+
+    return end
+
+
+def added_by_method(block, x):
+    y = block.conv(x)
+    y.add_(x)
+    return block.act(y)
+
+
+def read_twice(block, x):
+    z = block.conv(x) + x
+    return block.act(z) + z
+
+
+WRITTEN_OVER = {
+    "by a module": dropped(lambda block, z: block.act(z)),
+    "by function": dropped(lambda block, z: F.relu(z, inplace=True)),
+    "by function of its own": dropped(lambda block, z: F.relu_(z)),
+    "by torch": dropped(lambda block, z: torch.relu_(z)),
+    "by method": dropped(lambda block, z: z.relu_()),
+    "not at all": dropped(lambda block, z: None),
+    "a sum by method": added_by_method,
+    "and read again": read_twice,
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN_OVER)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_written_over_is_so_by_all_its_names(name, layout):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), Block(WRITTEN_OVER[name])).eval()
+    x = image(layout=layout)
+    fast = pfsurgery.optimize(model, x, memory_format=LAYOUTS[layout])
+    with torch.no_grad():
+        wanted = model(x)
+        torch.testing.assert_close(fast(x), wanted, **CLOSE[torch.float32])
+
+
 @pytest.mark.parametrize("name", TAKEN)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

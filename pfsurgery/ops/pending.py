@@ -20,6 +20,7 @@ from pfsurgery.kernels.choice import is_tracked
 Compute = Callable[[Tensor, Tensor | None, bool], Tensor]  # of input, what is added, with a ReLU
 
 _RELUS = (F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
+_RELUS_IN_PLACE = (torch.relu_, Tensor.relu_)
 _SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
 
 
@@ -53,20 +54,39 @@ class Pending:
             self._compute(self._x, self._added, True) if self._made is None else self._made.relu()
         )
 
+    def relu_(self) -> Tensor:
+        """The output, from now on with negative numbers raised to 0."""
+        if self._made is None:
+            self._made = self._compute(self._x, self._added, True)
+            return self._made
+        return self._made.relu_()
+
+    def _takes(self, other: Any) -> bool:
+        return self._made is None and self._added is None and _suits(other, self._x)
+
     def __add__(self, other: Any) -> Any:
-        if self._made is not None or self._added is not None or not _suits(other, self._x):
+        if not self._takes(other):
             return self.tensor() + other
         if self._raised:
             return Pending(self._compute, self._x, other, raised=True)
         return self._compute(self._x, other, False)
 
-    __radd__ = __iadd__ = __add__
+    __radd__ = __add__
+
+    def __iadd__(self, other: Any) -> Any:
+        other = _read(other)
+        if not self._takes(other):
+            return self.tensor().add_(other)
+        self._added = other
+        return self if self._raised else self.tensor()
 
     def add(self, other: Any, **options: Any) -> Any:
         """The output and `other` added."""
         return self.tensor().add(other, **options) if options else self + other
 
-    add_ = add  # nobody else reads what is written over
+    def add_(self, other: Any, **options: Any) -> Any:
+        """The output, from now on with `other` added."""
+        return self.tensor().add_(other, **options) if options else self.__iadd__(other)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.tensor(), name)
@@ -82,7 +102,8 @@ class Pending:
     ) -> Any:
         kwargs = kwargs or {}
         if function in _RELUS and len(args) == 1 and not kwargs.keys() - {"inplace"}:
-            return args[0].relu()
+            stays = kwargs.get("inplace", False) or function in _RELUS_IN_PLACE
+            return args[0].relu_() if stays else args[0].relu()
         if function in _SUMS and len(args) == 2 and not kwargs:
             first, second = args
             return first + second if isinstance(first, cls) else second + first
