@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from pfsurgery.digits import ImageSet, digits
 from pfsurgery.errors import DataError
+from pfsurgery.example import default_input_size
 from pfsurgery.images import CheckedImages, NamedImages, held_out, open_named, open_reader
 from pfsurgery.modules import number_of_classes
 
@@ -208,8 +209,20 @@ def _data_config(model: nn.Module | Mapping[str, Any]) -> dict[str, Any]:
 
     if not isinstance(model, nn.Module):
         config: dict[str, Any] = resolve_data_config(dict(model) or {"in_chans": 3})
-        return {**config, "num_classes": model.get("num_classes")}
-    return {**resolve_model_data_config(model), "num_classes": number_of_classes(model)}
+        return {**_by_channel(config), "num_classes": model.get("num_classes")}
+    config = resolve_model_data_config(model)
+    size = (default_input_size(model)[0], *config["input_size"][1:])
+    return {**_by_channel({**config, "input_size": size}), "num_classes": number_of_classes(model)}
+
+
+def _by_channel(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with means and deviations of its channels: averages where there are others."""
+    channels = config["input_size"][0]
+    made = dict(config)
+    for key in ("mean", "std"):
+        if len(config[key]) != channels:
+            made[key] = (sum(config[key]) / len(config[key]),) * channels
+    return made
 
 
 def _part(folder: Path, names: Sequence[str]) -> Path | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
+from pfsurgery.errors import ShapeError, SurgeryError
 from pfsurgery.example import Example, example_inputs
 from pfsurgery.fold import fold_norms
 from pfsurgery.fuse import speed_up_convolutions, speed_up_on_gpu, take_in_activations
@@ -43,13 +44,18 @@ def optimize(
         example: A tensor (N, C, H, W) or a tuple of arguments that the copy is meant for; by
             default one image of the model's own input size.
         memory_format: Layout of the copy's weights, which its activations follow. By default both
-            are timed on the example.
+            are timed on the example; a model that does not run in channels_last stays contiguous.
 
     Raises:
         ShapeError: The model does not run on the example.
         SurgeryError: `memory_format` is unknown, or the model cannot be copied, or is wrapped by
             DDP, FSDP or `torch.compile`.
     """
+    known = ("fastest", *get_args(MemoryFormat))
+    if memory_format not in known:
+        raise SurgeryError(
+            f"memory_format is {memory_format!r}; it must be one of {', '.join(known)}."
+        )
     refuse_wrapped(model)
     args = example_inputs(model, example)
     seen = view(model, args)
@@ -83,5 +89,8 @@ def _fastest(seen: GraphView, model: nn.Module, args: tuple[Any, ...]) -> nn.Mod
         return _in_format(seen, model, "contiguous")
     formats: tuple[MemoryFormat, ...] = ("contiguous", "channels_last")
     copies: dict[str, nn.Module] = {name: _in_format(seen, model, name) for name in formats}
-    times = latency(copies, args, repeats=5, warmup=2)
+    try:
+        times = latency(copies, args, repeats=5, warmup=2)
+    except ShapeError:  # code that takes views of feature maps runs in one format only
+        return copies["contiguous"]
     return copies[min(copies, key=lambda name: times[name].median_ms)]

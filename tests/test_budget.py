@@ -420,3 +420,16 @@ def test_a_latency_budget_is_one_limit():
         budget(macs="50%", latency="50%")
     with pytest.raises(PolicyError, match="batch"):
         budget(latency="50%", batch=0)
+
+
+def test_a_conversion_draws_no_random_numbers_of_the_callers():
+    model, images = Net().eval(), [torch.randn(16, 3, 16, 16)]
+    before = torch.get_rng_state()
+    pfsurgery.convert(model, pfsurgery.budget(macs="60%"), images=images, example=images[0])
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_images_of_different_channels_are_told():
+    images = [torch.randn(4, 3, 16, 16), torch.randn(4, 1, 16, 16)]
+    with pytest.raises(DataError, match=r"\[1, 3\] channels"):
+        pfsurgery.convert(Net().eval(), pfsurgery.budget(macs="60%"), images=images)

@@ -66,6 +66,18 @@ def folder(tmp_path) -> Path:
     return tmp_path / "images"
 
 
+def test_a_model_of_grey_images_reads_a_folder(cli, folder):
+    grey = ("--model", "test_resnet", "--num-classes", "2", "--model-kwarg", "in_chans=1")
+    result = cli("eval", *grey, "--no-pretrained", "--data", folder)
+    assert result.code == 0, result.err
+
+
+def test_data_of_other_channels_ends_in_one_line(cli):
+    result = cli("eval", *DIGITS_MODEL, "--model-kwarg", "in_chans=2")
+    assert result.code == 2
+    assert "does not run on images" in " ".join(result.err.split())
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself_with_an_example(cli, command):
     result = cli(command, "--help")

@@ -283,6 +283,45 @@ def test_numbers_of_other_kinds_are_taken(model, data):
     assert same(*ends)
 
 
+def images_of(channels, number=8):
+    labels = torch.arange(number) % 10
+    return TensorDataset(torch.randn(number, channels, 32, 32), labels)
+
+
+def test_images_of_other_channels_are_told(model):
+    fits, other = images_of(3), images_of(1)
+    before = copy.deepcopy(model.state_dict())
+    short = FinetuneConfig(batch_size=8, max_steps=1, warmup=0.0)
+    for train, val in ((other, fits), (fits, other)):
+        with pytest.raises(DataError, match=r"does not run on images of shape \(8, 1, 32, 32\)"):
+            finetune(model, train=train, val=val, config=short)
+    assert same(before, model.state_dict())
+    teacher = timm.create_model("test_resnet", num_classes=10, in_chans=1)
+    with pytest.raises(DataError, match=r"does not run on images of shape \(8, 3, 32, 32\)"):
+        finetune(model, train=fits, teacher=teacher, config=short)
+
+
+class Viewed(nn.Module):
+    """A network whose code takes views of feature maps, as LeNets do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1)
+        self.fc = nn.Linear(32 * 16, 10)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.conv2(F.relu(self.conv1(x)))), 8)
+        return self.fc(x.view(x.shape[0], -1))
+
+
+def test_code_that_takes_views_is_told_of_the_memory_format():
+    settings = {"batch_size": 8, "max_steps": 1, "warmup": 0.0}
+    with pytest.raises(DataError, match="channels_last=False"):
+        finetune(Viewed(), train=images_of(3), config=FinetuneConfig(**settings))
+    plain = FinetuneConfig(**settings, channels_last=False)
+    assert finetune(Viewed(), train=images_of(3), config=plain).history
+
+
 def test_labels_that_are_not_needed_are_not_read(model, data):
     images, labels = few(data.train).tensors
     foreign = TensorDataset(images, labels + 1000)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import pfsurgery
 from pfsurgery import fuse
 from pfsurgery.cli import app
-from pfsurgery.errors import RecordMismatchError, WrappedModelError
+from pfsurgery.errors import RecordMismatchError, SurgeryError, WrappedModelError
 from pfsurgery.fold import with_folded_norms
 from pfsurgery.ops.bottleneck import Bottleneck
 from pfsurgery.ops.pool import AvgPool, MaxPool
@@ -374,3 +374,29 @@ def test_the_command_line_compares_optimized_models():
     done = CliRunner().invoke(app, command.split())
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["ratios"]
+
+
+class Viewed(nn.Module):
+    """A network whose code takes views of feature maps, as LeNets do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1)
+        self.fc = nn.Linear(512, 10)
+
+    def forward(self, x):
+        x = torch.max_pool2d(torch.relu(self.conv2(torch.relu(self.conv1(x)))), 4)
+        return self.fc(x.view(x.shape[0], -1))
+
+
+def test_a_model_that_takes_views_of_its_maps_stays_contiguous():
+    model, x = Viewed().eval(), torch.randn(8, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(pfsurgery.optimize(model, x)(x), model(x), rtol=1e-4, atol=1e-5)
+    both = pfsurgery.compare(model, model, x, optimized=True, repeats=2, warmup=1)
+    assert both.before.count.macs == both.after.count.macs > 0
+
+
+def test_an_unknown_memory_format_is_told_with_those_that_there_are():
+    with pytest.raises(SurgeryError, match="one of fastest, contiguous, channels_last"):
+        pfsurgery.optimize(Viewed(), torch.randn(1, 3, 16, 16), memory_format="NHWC")

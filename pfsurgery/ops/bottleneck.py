@@ -221,7 +221,8 @@ def fitted_module(geometry: Geometry, structure: Structure) -> nn.Module:
     """The module of a fitted site, its weights still to be set."""
     if structure.form == "bare":
         return Columns(geometry, structure.runs, in_order=True)
-    return Bottleneck(geometry, structure)
+    with torch.random.fork_rng(devices=[]):  # its first weights are none of the caller's affair
+        return Bottleneck(geometry, structure)
 
 
 class MixedOp(Op):

@@ -27,7 +27,7 @@ def calibration_batches(images: Any, model: nn.Module) -> list[Tensor]:
     data sets and loaders may hold millions of images: of these 2,000 are taken, 400 MB at the most.
 
     Raises:
-        DataError: There are none.
+        DataError: There are none, or they have different numbers of channels.
     """
     if images is None:
         raise DataError(
@@ -45,6 +45,9 @@ def calibration_batches(images: Any, model: nn.Module) -> list[Tensor]:
     ]
     if not batches:
         raise DataError("images= holds no batch; give at least one.")
+    channels = sorted({batch.shape[1] for batch in batches})
+    if len(channels) > 1:
+        raise DataError(f"images= holds images of {channels} channels; give images of one kind.")
     return batches
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,9 +115,11 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
     """One forward pass: (N, C, H, W) -> (N, classes).
 
     Raises:
+        DataError: The model does not run on the images.
         TrainingError: The output is something else.
     """
-    output = model(images)
+    with read_by(model, images):
+        output = model(images)
     if isinstance(output, Tensor) and output.dim() == 2:
         return output
     shape = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else None
@@ -124,6 +127,28 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
         f"{type(model).__name__} returns {shape or type(output).__name__} instead of one tensor of "
         f"logits (N, classes). Give a classifier, or wrap the model so that it returns the logits."
     )
+
+
+@contextmanager
+def read_by(model: nn.Module, images: Tensor) -> Iterator[None]:
+    """Say of which images (N, C, H, W) a forward pass inside the block failed.
+
+    Raises:
+        DataError: It failed; what lack of memory and split weights raise is passed on.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = next(iter(str(error).strip().splitlines()), "")
+        if isinstance(error, torch.OutOfMemoryError) or "DTensor" in reason:
+            raise
+        advice = "Give images with the channels and of the size that it reads."
+        if "view size is not compatible" in reason:
+            advice = "Its code takes views: train with channels_last=False (--no-channels-last)."
+        raise DataError(
+            f"{type(model).__name__} does not run on images of shape {tuple(images.shape)}: "
+            f"{reason} {advice}"
+        ) from error
 
 
 def check_labels(labels: Tensor, logits: Tensor, *, lowest: int = 0) -> None:
