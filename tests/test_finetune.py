@@ -301,6 +301,39 @@ def test_images_of_other_channels_are_told(model):
         finetune(model, train=fits, teacher=teacher, config=short)
 
 
+FAILING = """
+import sys, torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from pfsurgery.recover import FinetuneConfig, finetune
+
+class Failing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.steps = nn.Conv2d(3, 10, 3), 0
+    def forward(self, x):
+        self.steps += 1
+        if self.steps > 1:
+            raise KeyError("a fault of the model's own")
+        return self.conv(x).mean((2, 3))
+
+if __name__ == "__main__":
+    images = TensorDataset(torch.randn(64, 3, 8, 8), torch.arange(64) % 10)
+    train = DataLoader(images, 8, num_workers=1, persistent_workers=True)
+    settings = FinetuneConfig(max_steps=4, warmup=0.0)
+    finetune(Failing(), train=train, config=settings, out=sys.argv[1])
+"""
+
+
+def test_a_run_with_workers_ends_on_a_fault_of_the_models_own(tmp_path):
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    run = [sys.executable, str(script), str(tmp_path / "out")]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "a fault of the model's own" in done.stderr
+
+
 class Viewed(nn.Module):
     """A network whose code takes views of feature maps, as LeNets do."""
 

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from multiprocessing import active_children, util
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -69,6 +71,18 @@ class _Deaf:
             self.begin(worker)
 
 
+@cache
+def _end_with_this_process() -> None:
+    """Let this process kill workers when it ends: it would send them SIGTERM and wait."""
+    util.Finalize(None, _kill_workers, exitpriority=10)
+
+
+def _kill_workers() -> None:
+    for child in active_children():
+        if child.daemon:
+            child.kill()
+
+
 @contextmanager
 def workers_outlive_sigterm(*loaders: object) -> Iterator[None]:
     """While inside, worker processes that loaders start ignore SIGTERM; they end with this process.
@@ -76,6 +90,7 @@ def workers_outlive_sigterm(*loaders: object) -> Iterator[None]:
     Clusters and `torchrun` send the signal to all processes of a group: without its workers, a run
     could not go on to where it saves.
     """
+    _end_with_this_process()
     shielded = [loader for loader in loaders if isinstance(loader, DataLoader)]
     before = [loader.worker_init_fn for loader in shielded]
     try:
