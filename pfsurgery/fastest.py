@@ -56,7 +56,7 @@ class Fastest:
         if not decision.replaced:
             return rule
         before, after = self._times(site, decision)
-        told = f"{after:.3f} ms in place of {before:.3f}"
+        told = f"{after:.4g} ms in place of {before:.4g}"
         return replace(rule, op=self.op if after < _MARGIN * before else KEEP, why=told)
 
     def _times(self, site: Site, decision: Decision) -> tuple[float, float]:
