@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from pfsurgery.errors import ShapeError
 from pfsurgery.kernels import bottleneck_arguments as at
 from pfsurgery.sites import Geometry
-from pfsurgery.structure import Structure
+from pfsurgery.structure import Run, Structure
 
 _BLOCK = 65536  # numbers of scratch memory for one block: a part of the second-level cache
 
@@ -189,24 +189,34 @@ def columns_read(
         height, width = geometry.kernel_size
         return [((row, column), channels) for row in range(height) for column in range(width)]
     read: list[tuple[tuple[int, int], Sequence[int]]] = []
+    pooled = _pooled(geometry, structure, inputs)
     for run in structure.runs:
         if run.kind == "tap":
             read.append(((run.top, run.left), run.channels))
-        else:
-            firsts = _vectors(run.channels, geometry.in_channels)
-            places: dict[int, int] = {}
-            for number, first in enumerate(firsts):
-                there = inputs + number * lanes() - first
-                places |= {channel: channel + there for channel in range(first, first + lanes())}
-            read.append(((0, 0), [places[channel] for channel in run.channels]))
-            inputs += len(firsts) * lanes()
+            continue
+        _, firsts, begin = next(pooled)
+        places: dict[int, int] = {}
+        for number, first in enumerate(firsts):
+            there = begin + number * lanes() - first
+            places |= {channel: channel + there for channel in range(first, first + lanes())}
+        read.append(((0, 0), [places[channel] for channel in run.channels]))
     return read
 
 
 def pooled_numbers(geometry: Geometry, structure: Structure) -> int:
     """Numbers of a pixel that pooled runs take: of each the vectors that hold its channels."""
-    pooled = [run.channels for run in structure.runs if run.kind != "tap"]
-    return sum(len(_vectors(channels, geometry.in_channels)) for channels in pooled) * lanes()
+    return sum(len(firsts) for _, firsts, _ in _pooled(geometry, structure, 0)) * lanes()
+
+
+def _pooled(
+    geometry: Geometry, structure: Structure, inputs: int
+) -> Iterator[tuple[Run, list[int], int]]:
+    """Pooled runs, their vectors' first channels, and which number of a pixel they begin at."""
+    for run in structure.runs:
+        if run.kind != "tap":
+            firsts = _vectors(run.channels, geometry.in_channels)
+            yield run, firsts, inputs
+            inputs += len(firsts) * lanes()
 
 
 def _vectors(channels: Sequence[int], inputs: int) -> list[int]:
@@ -233,14 +243,10 @@ def pool_tables(geometry: Geometry, structure: Structure, inputs: int) -> dict[i
     """The pooled runs, each from `at.MAXIMUM` to `at.PLACE`, and their vectors' first channels."""
     pools: list[list[int]] = []
     lists: list[int] = []
-    for run in structure.runs:
-        if run.kind == "tap":
-            continue
+    for run, firsts, begin in _pooled(geometry, structure, inputs):
         window = [int(run.kind == "maximum"), run.top, run.left, run.height, run.width]
-        firsts = _vectors(run.channels, geometry.in_channels)
-        pools.append([*window, geometry.stride[1], len(firsts), len(lists), inputs])
+        pools.append([*window, geometry.stride[1], len(firsts), len(lists), begin])
         lists += firsts
-        inputs += len(firsts) * lanes()
     return {at.POOLS: torch.tensor(pools), at.LISTS: torch.tensor(lists)}
 
 

@@ -142,7 +142,7 @@ def pools(size, kind):
                     seen = rows
                 begin = (max(top, 0) - first) * pitch + p[at.LEFT] * pixel + channel * size
                 # fmt: off
-                run(
+                row_of_windows(
                     kind, q[at.MAXIMUM], held + begin, pitch, rows, pixel,
                     p[at.COLUMNS], p[at.CHANNELS] - channel, row + p[at.LEFT] * LINE,
                     row + q[at.FIRST_COLUMN] * LINE, across * LINE, q[at.POOL_WIDTH], shares,
@@ -163,11 +163,11 @@ def pools(size, kind):
 
 
 @njit
-def run(
+def row_of_windows(
     kind, maximum, source, pitch, rows, pixel, columns, channels, row,
     first, step, width, shares, windows, target, place,
 ):  # fmt: skip
-    """One row of windows: what `rows` rows have, then across these."""
+    """The windows of one row of outputs: what `rows` rows have, then across these."""
     if rows == 0:
         line(row, columns * LANES, np.float32)[:] = _NONE if maximum else _ZERO
     elif maximum:

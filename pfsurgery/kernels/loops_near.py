@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from pfsurgery.kernels.loops_base import (
@@ -35,18 +34,15 @@ from pfsurgery.kernels.loops_base import (
     line,
     take,
 )
-from pfsurgery.kernels.loops_passes import for_vectors
+from pfsurgery.kernels.loops_passes import Unordered, for_vectors
 from pfsurgery.kernels.vectors import (
     BFLOAT16,
     FLOAT,
     FLOAT16,
     FLOAT32,
     INTEGER,
-    LANES,
     SIZE,
-    VECTOR,
     Rule,
-    any_lane,
     at,
     bytes_of,
     larger,
@@ -84,9 +80,7 @@ def _two_rows(rule: Rule) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             rows, targets, (left, right, length, weights) = args[1:5], args[5:7], args[7:]
             size = bytes_of(kind)
-            zero = ir.Constant(VECTOR, [0.0] * LANES)
-            none = builder.fcmp_ordered("<", zero, zero)
-            found = cgutils.alloca_once_value(builder, none)
+            unordered = Unordered(builder)
             factors = [
                 splat(builder, builder.load(at(builder, weights, i * SIZE, FLOAT)))
                 for i in range(9)
@@ -111,8 +105,7 @@ def _two_rows(rule: Rule) -> Any:
                         load_numbers(builder, kind, builder.add(middle, right), mask),
                     ]
                     if rule == "maximum":
-                        nan = builder.fcmp_unordered("uno", taps[1], taps[1])
-                        builder.store(builder.or_(builder.load(found), nan), found)
+                        unordered.note(taps[1])
                     across.append(joined(taps, factors[:3]))
                 # The second first: the last row of an odd number is made twice, at one place.
                 made = joined(across[1:], factors[6:]), joined(across[:3], factors[3:6])
@@ -120,7 +113,7 @@ def _two_rows(rule: Rule) -> Any:
                 store_numbers(builder, kind, made[1], builder.add(targets[0], place), mask)
 
             for_vectors(builder, length, step)
-            return any_lane(builder, builder.load(found))
+            return unordered.any()
 
         return types.int64(kind, *[types.int64] * 10), generate
 

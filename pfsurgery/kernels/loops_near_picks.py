@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from pfsurgery.kernels.loops_base import (
@@ -29,7 +28,7 @@ from pfsurgery.kernels.loops_base import (
     line,
     take,
 )
-from pfsurgery.kernels.loops_passes import asked, for_vectors
+from pfsurgery.kernels.loops_passes import Unordered, asked, for_vectors
 from pfsurgery.kernels.vectors import (
     BFLOAT16,
     BYTE,
@@ -40,7 +39,6 @@ from pfsurgery.kernels.vectors import (
     LANES,
     VECTOR,
     Rule,
-    any_lane,
     at,
     better,
     bytes_of,
@@ -82,8 +80,7 @@ def _two_rows(rule: Rule) -> Any:
             rows, targets, names = args[1:5], args[5:7], args[7:9]
             left, right, length, parts = args[9:]
             size = bytes_of(kind)
-            zero = ir.Constant(VECTOR, [0.0] * LANES)
-            found = cgutils.alloca_once_value(builder, builder.fcmp_ordered("<", zero, zero))
+            unordered = Unordered(builder)
             part = [
                 splat(builder, builder.load(at(builder, parts, i, BYTE)), BYTES) for i in range(9)
             ]
@@ -107,8 +104,7 @@ def _two_rows(rule: Rule) -> Any:
                         load_numbers(builder, kind, builder.add(middle, right), mask),
                     ]
                     if rule == "maximum":
-                        nan = builder.fcmp_unordered("uno", taps[1], taps[1])
-                        builder.store(builder.or_(builder.load(found), nan), found)
+                        unordered.note(taps[1])
                     across.append(best(taps, part[:3]))
                 # The second first: the last row of an odd number is made twice, at one place.
                 for target in (1, 0):
@@ -120,7 +116,7 @@ def _two_rows(rule: Rule) -> Any:
                     store(builder, name, builder.add(names[target], done), 0, mask)
 
             for_vectors(builder, length, step)
-            return any_lane(builder, builder.load(found))
+            return unordered.any()
 
         return types.int64(kind, *[types.int64] * 12), generate
 

@@ -77,6 +77,25 @@ class _Places:
         builder.store(builder.select(smaller, moved, back), self._here)
 
 
+class Unordered:
+    """Lanes in which a NaN was seen; a loop notes what it reads."""
+
+    def __init__(self, builder: Any) -> None:
+        zero = ir.Constant(VECTOR, [0.0] * LANES)
+        none = builder.fcmp_ordered("<", zero, zero)
+        self._builder, self._lanes = builder, cgutils.alloca_once_value(builder, none)
+
+    def note(self, value: Any) -> None:
+        """Add the lanes in which `value` is a NaN."""
+        builder = self._builder
+        nan = builder.fcmp_unordered("uno", value, value)
+        builder.store(builder.or_(builder.load(self._lanes), nan), self._lanes)
+
+    def any(self) -> Any:
+        """1 if there is one, else 0."""
+        return any_lane(self._builder, self._builder.load(self._lanes))
+
+
 def for_vectors(builder: Any, length: Any, step: Any) -> None:
     """`step(offset, mask)` of each whole vector, without a mask, and of the rest."""
     lanes = ir.Constant(INTEGER, LANES)
@@ -122,8 +141,7 @@ def _along(rule: Rule) -> Any:
     ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             source, target, length, start, pitch, period, weights = args[2:]
-            zero = ir.Constant(VECTOR, [0.0] * LANES)
-            found = cgutils.alloca_once_value(builder, builder.fcmp_ordered("<", zero, zero))
+            unordered = Unordered(builder)
             places, reach = _Places(builder, start, period), _bytes(builder, kind, pitch)
             first, inner, last = (
                 [
@@ -146,8 +164,7 @@ def _along(rule: Rule) -> Any:
                 left = number(builder.sub(at_middle, reach), before)
                 right = number(builder.add(at_middle, reach), behind)
                 if rule == "maximum":
-                    nan = builder.fcmp_unordered("uno", middle, middle)
-                    builder.store(builder.or_(builder.load(found), nan), found)
+                    unordered.note(middle)
                 if rule != "sum":
                     made = larger(builder, rule, left, middle)
                     made = larger(builder, rule, made, right)
@@ -164,7 +181,7 @@ def _along(rule: Rule) -> Any:
                 places.move()
 
             for_vectors(builder, length, step)
-            return any_lane(builder, builder.load(found))
+            return unordered.any()
 
         return types.int64(kind, made_kind, *[types.int64] * 7), generate
 

@@ -33,8 +33,6 @@ from pfsurgery.kernels.vectors import (
 )
 
 LINE = LANES * SIZE  # bytes of a vector of float32
-
-
 _USUAL = 3  # numbers of a window's row or column, for which a loop is written out
 
 
@@ -109,8 +107,7 @@ def _down(rule: Rule) -> Any:
             _with_usual(builder, rows, write)
             return context.get_dummy_value()
 
-        kinds = (kind, *[types.int64] * 7)
-        return types.void(*kinds), generate
+        return types.void(kind, *[types.int64] * 7), generate
 
     return down
 
@@ -157,8 +154,7 @@ def _across(rule: Rule) -> Any:
             _with_usual(builder, columns, write)
             return context.get_dummy_value()
 
-        kinds = (kind, *[types.int64] * 7)
-        return types.void(*kinds), generate
+        return types.void(kind, *[types.int64] * 7), generate
 
     return across
 
